@@ -1,0 +1,1 @@
+"""Streams of tasks from data that needs no download."""

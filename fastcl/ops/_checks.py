@@ -1,0 +1,130 @@
+"""Argument checks that several families share. Each raises before anything is written and names the argument."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STORED = (*FLOATING, torch.uint8)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def listed(name: str, value: object) -> None:
+    """A list or tuple of tensors of any kind: what can be handed to the dispatcher."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {type(value).__name__}")
+    for i, t in enumerate(value):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+
+
+def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Dense tensors of the given dtypes, outside of autograd."""
+    for i, t in enumerate(value):
+        if t.layout != torch.strided or t.is_quantized or t.is_nested:
+            kind = "quantized" if t.is_quantized else "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name}[{i}] must be a dense tensor, got {kind}; convert it with .to_dense() or .dequantize()")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name}[{i}] has dtype {_names([t.dtype])}; accepted are {_names(dtypes)}")
+        if t.is_neg():
+            raise TypeError(f"{name}[{i}] is a lazily negated view, whose memory does not hold its value; pass {name}[{i}].resolve_neg()")
+        if torch.is_grad_enabled() and t.requires_grad:
+            raise ValueError(
+                f"{name}[{i}] requires grad, and this op is not differentiable; pass {name}[{i}].detach() or call it under torch.no_grad()"
+            )
+
+
+def same_length(name: str, value: Sequence[object], other_name: str, other: Sequence[object]) -> None:
+    """One element of ``value`` for each of ``other``."""
+    if len(value) != len(other):
+        raise ValueError(f"{name} has {len(value)} tensors and {other_name} has {len(other)}; pass one for each")
+
+
+def same_device(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor]) -> None:
+    """Tensors of a pair live on one device."""
+    for i, (a, b) in enumerate(zip(value, other, strict=True)):
+        if a.device != b.device:
+            raise ValueError(f"{name}[{i}] is on {a.device} and {other_name}[{i}] is on {b.device}; move it with .to('{b.device}')")
+
+
+def same_shape(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor]) -> None:
+    """Tensors of a pair have one shape."""
+    for i, (a, b) in enumerate(zip(value, other, strict=True)):
+        if a.shape != b.shape:
+            raise ValueError(f"{name}[{i}] has shape {tuple(a.shape)}, {other_name}[{i}] has shape {tuple(b.shape)}; they must be equal")
+
+
+def broadcasts(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor]) -> None:
+    """Each ``value`` broadcasts to ``other`` without enlarging it."""
+    for i, (a, b) in enumerate(zip(value, other, strict=True)):
+        fits = a.dim() <= b.dim() and all(x in (1, y) for x, y in zip(reversed(a.shape), reversed(b.shape), strict=False))
+        if not fits:
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(a.shape)}, which does not broadcast to {other_name}[{i}] of shape {tuple(b.shape)}; "
+                "accepted are the same shape, one value per row [m, 1, ...], per column [1, n], or 0-d"
+            )
+
+
+def unit_interval(name: str, value: object) -> float:
+    """A Python number in [0, 1]."""
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
+    number = float(value)
+    if math.isnan(number) or not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {number}")
+    return number
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The half-open range of addresses that a tensor can touch."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two indices may share an element; exact for every view that slicing, transposing and expanding can make."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def no_overlap(written_name: str, written: Sequence[Tensor], read_name: str, read: Sequence[Tensor]) -> None:
+    """No written tensor shares memory with another tensor, except with its own partner element for element."""
+    if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written, *read)):
+        return
+    spans = []
+    for i, w in enumerate(written):
+        if not w.numel():
+            continue
+        if _overlaps_itself(w):
+            raise ValueError(f"{written_name}[{i}] has elements that share memory (strides {w.stride()}); pass a .contiguous() copy")
+        spans.append((*_span(w), True, i))
+    for i, r in enumerate(read):
+        if r.numel() and not (i < len(written) and _same_view(written[i], r)):
+            spans.append((*_span(r), False, i))
+    spans.sort()
+    # A sweep over the sorted ranges needs the furthest end of writes and of reads seen so far, and nothing else.
+    ends: dict[bool, tuple[int, int]] = {}
+    for begin, end, writes, i in spans:
+        for other_writes, (other_end, j) in ends.items():
+            if begin < other_end and (writes or other_writes):
+                a = f"{written_name if writes else read_name}[{i}]"
+                b = f"{written_name if other_writes else read_name}[{j}]"
+                raise ValueError(f"{a} and {b} share memory, so the result would depend on the order of writes; pass a copy of one")
+        ends[writes] = max(ends.get(writes, (0, 0)), (end, i))
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

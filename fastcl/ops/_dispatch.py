@@ -1,0 +1,81 @@
+"""How a call reaches its implementation.
+
+Plain tensors outside of any tracing go straight to the compiled module, whose own gate looks at every tensor before the first write and
+refuses whatever it does not know. Everything else (subclasses, FakeTensors, torch.compile, dispatch modes, other backends, bad input)
+goes through the operator in torch's dispatcher, whose implementation checks the arguments in Python and names what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl import _native, backends
+
+
+def traced() -> bool:
+    """Whether someone needs to see the call as an operator: torch.compile, a dispatch mode, functorch, jit.trace or the profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def gate(op: str, written: Sequence[Tensor], *args: Any) -> bool:
+    """Try the compiled implementation of the first tensor's device; False means that it refused and that nothing was written."""
+    if not isinstance(written, (list, tuple)) or not written:
+        return False
+    backend = backends.serving(getattr(getattr(written[0], "device", None), "type", "cpu"))
+    name = backends.NATIVE.get(backend)
+    if name is None:
+        return False
+    refusal = getattr(_native.module(name), op)(written, *args, torch.is_grad_enabled())
+    if refusal is not None:
+        return False
+    bump_versions(written)
+    return True
+
+
+def bump_versions(written: Sequence[Tensor]) -> None:
+    """Tell autograd about writes that it did not see, so that a later backward through an old value raises instead of being wrong."""
+    try:
+        torch.autograd.graph.increment_version(written)
+    except RuntimeError:  # inference tensors keep no version
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def plain(t: Tensor) -> Tensor:
+    """The same memory as an exact torch.Tensor: a subclass that arrives here has no dispatch of its own left."""
+    return t if type(t) in (Tensor, torch.nn.Parameter) else t.as_subclass(Tensor)
+
+
+def by_device(*lists: Sequence[Tensor]) -> list[tuple[torch.device, list[list[Tensor]]]]:
+    """Split lists of equal length by the device of the first list's tensors, keeping their order."""
+    groups: dict[torch.device, list[list[Tensor]]] = {}
+    for row in zip(*lists, strict=True):
+        columns = groups.setdefault(row[0].device, [[] for _ in lists])
+        for column, t in zip(columns, row, strict=True):
+            column.append(plain(t))
+    return list(groups.items())
+
+
+def run(op: str, device: torch.device, written: Sequence[Tensor], *args: Any) -> Any:
+    """Run checked arguments of one device on the implementation that serves it."""
+    with torch.no_grad():
+        result = backends.implementation(op, device)(written, *args)
+    bump_versions(written)
+    return result
+
+
+def define(op: str, family: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``fastcl::op``: one implementation for every device, and a fake for tracing."""
+    backends.FAMILIES[op] = family
+    torch.library.define(f"fastcl::{op}", schema)
+    torch.library.impl(f"fastcl::{op}", "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(f"fastcl::{op}")(fake)

@@ -1,0 +1,135 @@
+"""Accumulated importance: element-wise maximum, and SPG's importance from gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcl.ops import _checks, _dispatch
+
+
+def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Accumulate importance by element-wise maximum, in place: ``I <- max(I, new)``.
+
+    SPG's and DAS's EMax (Konishi et al., ICML 2023, eq. 3; Ke et al., ICLR 2023, eq. 5). NaN propagates, as in torch.maximum.
+    Floating storage rounds to nearest. uint8 stores the smallest ``u`` with ``u / 255 >= max(I, new)``, so that protection never
+    weakens; it saturates at 0 and 255, and NaN is stored as 255.
+
+    Args:
+        importance: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``I = u / 255``), any strides; written.
+        new: one tensor per element of ``importance``, on its device, of its shape or broadcasting to it; the same dtypes.
+
+    Raises:
+        TypeError: not a list of dense tensors, or a dtype that is not accepted.
+        ValueError: lengths, shapes or devices that do not fit, shared memory, a tensor that requires grad while autograd records.
+            Nothing has been written then.
+    """
+    if _dispatch.traced() or not _dispatch.gate("emax_", importance, new):
+        _checks.listed("importance", importance)
+        _checks.listed("new", new)
+        torch.ops.fastcl.emax_(importance, new)
+
+
+def _check_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    _checks.dense("importance", importance, _checks.STORED)
+    _checks.dense("new", new, _checks.STORED)
+    _checks.same_length("new", new, "importance", importance)
+    _checks.same_device("new", new, "importance", importance)
+    _checks.broadcasts("new", new, "importance", importance)
+    _checks.no_overlap("importance", importance, "new", new)
+
+
+def _run_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    if _dispatch.gate("emax_", importance, new):
+        return
+    _check_emax(importance, new)
+    for device, (i, n) in _dispatch.by_device(importance, new):
+        _dispatch.run("emax_", device, i, n)
+
+
+_dispatch.define("emax_", "importance", "(Tensor(a!)[] importance, Tensor[] new) -> ()", implementation=_run_emax, fake=_check_emax)
+
+
+def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Turn a task's gradients into SPG importance and accumulate it, in place.
+
+    For every tensor and head, over all elements of that tensor (Konishi et al., ICML 2023, eqs. 1 to 3)::
+
+        h   = | tanh((g - mean g) / std g) |        std unbiased (n - 1)
+        a  <- max(a, max over heads of h)
+
+    A tensor whose standard deviation is 0 (constant, all zero, one element) gets importance 0, where the authors' code divides 0 by 0.
+    A tensor with a NaN or an Inf gets NaN in all its elements. Mean and variance are accumulated in float64 in a fixed order: the
+    result does not depend on the number of threads.
+
+    Args:
+        accumulated: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``a = u / 255``, rounded up), any strides;
+            written.
+        grads_by_head: for each head one list of gradients, each with the shapes and devices of ``accumulated``; float64, float32,
+            bfloat16 or float16, any strides. No head leaves ``accumulated`` as it is.
+
+    Returns:
+        The mean of ``accumulated`` over all elements of all tensors after the update: 0-d, float64, on the device of its first tensor
+        (0 if there is no element). SPG scales the heads' gradients by ``1 -`` this value; it can be passed to :func:`soft_mask_` as it
+        is, without a host sync.
+
+    Raises:
+        TypeError: not lists of dense tensors, or a dtype that is not accepted.
+        ValueError: lengths, shapes or devices that do not fit, shared memory, a tensor that requires grad while autograd records.
+            Nothing has been written then.
+    """
+    _checks.listed("accumulated", accumulated)
+    if not isinstance(grads_by_head, (list, tuple)):
+        raise TypeError(f"grads_by_head must be a list with one list of tensors per head, got {type(grads_by_head).__name__}")
+    for h, head in enumerate(grads_by_head):
+        name = f"grads_by_head[{h}]"
+        _checks.listed(name, head)
+        _checks.same_length(name, head, "accumulated", accumulated)
+    mean: Tensor = torch.ops.fastcl.spg_importance_(accumulated, [g for head in grads_by_head for g in head], len(grads_by_head))
+    return mean
+
+
+def _heads(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -> list[Sequence[Tensor]]:
+    n = len(accumulated)
+    return [grads[h * n : (h + 1) * n] for h in range(heads)]
+
+
+def _check_spg(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -> list[Sequence[Tensor]]:
+    _checks.dense("accumulated", accumulated, _checks.STORED)
+    if heads < 0 or len(grads) != heads * len(accumulated):
+        raise ValueError(f"grads has {len(grads)} tensors; {heads} heads of {len(accumulated)} tensors were announced")
+    by_head = _heads(accumulated, grads, heads)
+    for h, head in enumerate(by_head):
+        name = f"grads_by_head[{h}]"
+        _checks.dense(name, head, _checks.FLOATING)
+        _checks.same_device(name, head, "accumulated", accumulated)
+        _checks.same_shape(name, head, "accumulated", accumulated)
+        # A gradient may be the accumulator's partner but not its memory: every head's statistics are read before the first write.
+        _checks.no_overlap("accumulated", accumulated, name, [*head])
+    return by_head
+
+
+def _run_spg(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -> Tensor:
+    by_head = _check_spg(accumulated, grads, heads)
+    count = max(1, sum(a.numel() for a in accumulated))
+    mean = torch.zeros((), dtype=torch.float64, device=accumulated[0].device if accumulated else "cpu")
+    for device, (a, *columns) in _dispatch.by_device(accumulated, *by_head):
+        part = _dispatch.run("spg_importance_", device, a, columns)
+        mean += (part * (sum(t.numel() for t in a) / count)).to(mean.device)
+    return mean
+
+
+def _fake_spg(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -> Tensor:
+    _check_spg(accumulated, grads, heads)
+    return torch.empty((), dtype=torch.float64, device=accumulated[0].device if accumulated else "cpu")
+
+
+_dispatch.define(
+    "spg_importance_",
+    "importance",
+    "(Tensor(a!)[] accumulated, Tensor[] grads, int heads) -> Tensor",
+    implementation=_run_spg,
+    fake=_fake_spg,
+)

@@ -1,0 +1,7 @@
+"""The definitions in plain PyTorch, with the names and signatures of fastcl.ops; they also run in float64."""
+
+from fastcl.reference.gradients import mask_gradients_
+from fastcl.reference.importance import emax_, spg_importance_
+from fastcl.reference.soft_mask import soft_mask_
+
+__all__ = ["emax_", "mask_gradients_", "soft_mask_", "spg_importance_"]
