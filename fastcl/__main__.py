@@ -10,7 +10,9 @@ from fastcl.support import render, support
 
 def main() -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m fastcl", description="Which implementation serves each op here, and why another does not.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastcl", description="Which implementation serves each op here, and why another does not."
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     data = support()
     print(json.dumps(data, indent=2) if parser.parse_args().json else render(data))

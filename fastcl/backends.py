@@ -81,10 +81,16 @@ def why_not(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpp":
-        loaded = _native.load("_C") if device_type == "cpu" else f"cpp serves the CPU, the tensors are on {device_type}"
+        if device_type != "cpu":
+            return f"cpp serves the CPU and the tensors are on {device_type}"
+        loaded = _native.load("_C")
         return loaded if isinstance(loaded, str) else None
     if backend == "cuda":
-        loaded = _native.load("_C_cuda") if device_type == "cuda" else f"cuda serves NVIDIA GPUs, the tensors are on {device_type}"
+        if device_type != "cuda":
+            return f"cuda serves NVIDIA GPUs and the tensors are on {device_type}" + (
+                "" if torch.cuda.is_available() else "; torch sees no CUDA device"
+            )
+        loaded = _native.load("_C_cuda")
         return loaded if isinstance(loaded, str) else None
     if backend == "triton":
         if device_type == "cpu" and not _interpreting():

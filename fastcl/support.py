@@ -38,6 +38,8 @@ def _gpus() -> list[dict[str, Any]]:
 def _serving(device_type: str) -> dict[str, Any]:
     reasons = {name: backends.why_not(name, device_type) for name in backends.NAMES if name != "auto"}
     others = {name: reason for name, reason in reasons.items() if reason is not None}
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return {"served_by": None, "error": "torch sees no CUDA device", "not_available": others}
     try:
         return {"served_by": backends.serving(device_type), "error": None, "not_available": others}
     except (backends.BackendUnavailable, ValueError) as error:

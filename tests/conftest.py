@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastcl import backends, use_backend
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# Without a named backend every one that can serve here is tested; with one (the interpreter run, the GPU run), that one.
+NAMED = os.environ.get("FASTCL_BACKEND", "auto")
+SERVING = [(d, b) for d in DEVICES for b in backends.NAMES if b != "auto" and backends.why_not(b, d) is None and NAMED in ("auto", b)]
+
+
+@pytest.fixture(params=SERVING, ids=lambda p: f"{p[1]}-{p[0]}")
+def device(request: pytest.FixtureRequest):
+    """A device, with the ops running on one of the backends that serve it."""
+    name, backend = request.param
+    with use_backend(backend):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty is filled with NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
