@@ -57,7 +57,8 @@ py::object spg_importance_(const py::object& accumulated, const py::list& grads_
 py::object yardstick_(const py::object& written, const py::object& read) {
   Gate gate(Device::cpu, false);
   Views w, r;
-  if (gate.take("written", written, true, w) && gate.take("read", read, true, r) && gate.same_shapes("read", r, w) && gate.apart(w, {&r})) {
+  if (gate.take("written", written, true, w) && gate.take("read", read, true, r) && gate.same_shapes("read", r, w) &&
+      gate.contiguous("written", w) && gate.contiguous("read", r) && gate.apart(w, {&r})) {
     py::gil_scoped_release release;
     cpu::yardstick_(w, r, torch_pool());
   }
@@ -67,7 +68,7 @@ py::object yardstick_(const py::object& written, const py::object& read) {
 py::object yardstick_read(const py::object& read) {
   Gate gate(Device::cpu, false);
   Views r;
-  if (!gate.take("read", read, true, r)) return gate.verdict();
+  if (!gate.take("read", read, true, r) || !gate.contiguous("read", r)) return gate.verdict();
   py::gil_scoped_release release;
   const uint64_t folded = cpu::yardstick_read(r, torch_pool());
   py::gil_scoped_acquire acquire;
