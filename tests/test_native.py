@@ -45,7 +45,9 @@ def _run(variant: str, suites: tuple[str, ...], *options: str) -> None:
         environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     if variant == "tsan" and shutil.which("setarch"):
         prefix = ["setarch", "-R"]  # its shadow memory does not fit every randomised address space
-    probe = subprocess.run([*prefix, sys.executable, "-c", "import _fastcl_numpy"], env=environment, capture_output=True, text=True, check=False)
+    probe = subprocess.run(
+        [*prefix, sys.executable, "-c", "import _fastcl_numpy"], env=environment, capture_output=True, text=True, check=False
+    )
     if probe.returncode and variant != "plain":
         pytest.skip(f"{runtime} does not start here: {(probe.stderr or probe.stdout)[-300:]}")
     files = [str(FOLDER / f"suite_{name}.py") for name in suites]

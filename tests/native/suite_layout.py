@@ -108,9 +108,7 @@ def must_refuse(written: list[tuple[int, str, int, int]], reads: list[list[tuple
 
     if any(meet(a, b) for a, b in itertools.combinations(written, 2)):
         return True
-    return any(
-        meet(w, r) for read in reads for j, r in enumerate(read) for i, w in enumerate(written) if not (i == j and w == r)
-    )
+    return any(meet(w, r) for read in reads for j, r in enumerate(read) for i, w in enumerate(written) if not (i == j and w == r))
 
 
 @given(st.lists(PIECE, max_size=5), st.lists(st.lists(PIECE, max_size=5), max_size=2), st.booleans())

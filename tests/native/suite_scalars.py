@@ -66,7 +66,9 @@ def test_doubles_go_by_way_of_float() -> None:
     assert np.array_equal(native.store_bf16_f64(x), native.to_bf16(f))
 
 
-@pytest.mark.parametrize(("dtype", "load", "store"), [(np.float32, "load_u8_f32", "store_u8_f32"), (np.float64, "load_u8_f64", "store_u8_f64")])
+@pytest.mark.parametrize(
+    ("dtype", "load", "store"), [(np.float32, "load_u8_f32", "store_u8_f32"), (np.float64, "load_u8_f64", "store_u8_f64")]
+)
 def test_uint8_stores_the_smallest_code_that_protects_enough(dtype: type, load: str, store: str) -> None:
     codes = np.arange(256, dtype=np.uint8)
     steps = getattr(native, load)(codes)
@@ -85,12 +87,14 @@ def test_uint8_stores_the_smallest_code_that_protects_enough(dtype: type, load: 
 def tanh_range(dtype: type) -> np.ndarray:
     rng = np.random.default_rng(4)
     tiny = np.finfo(dtype).smallest_subnormal
-    x = np.concatenate([
-        np.geomspace(np.finfo(dtype).tiny, 30, 200_000, dtype=np.longdouble).astype(dtype),
-        np.linspace(0, 25, 200_000, dtype=np.longdouble).astype(dtype),
-        (np.arange(1, 60) * np.log(2) / 4).astype(dtype).repeat(64) * (1 + rng.uniform(-1e-5, 1e-5, 59 * 64)).astype(dtype),
-        np.array([0, tiny, 8 * tiny, np.finfo(dtype).max], dtype),
-    ])
+    x = np.concatenate(
+        [
+            np.geomspace(np.finfo(dtype).tiny, 30, 200_000, dtype=np.longdouble).astype(dtype),
+            np.linspace(0, 25, 200_000, dtype=np.longdouble).astype(dtype),
+            (np.arange(1, 60) * np.log(2) / 4).astype(dtype).repeat(64) * (1 + rng.uniform(-1e-5, 1e-5, 59 * 64)).astype(dtype),
+            np.array([0, tiny, 8 * tiny, np.finfo(dtype).max], dtype),
+        ]
+    )
     return np.concatenate([x, -x])
 
 
@@ -129,7 +133,11 @@ def exact_moments(values: list[float]) -> tuple[Fraction, Fraction]:
     return mean, sum(((v - mean) ** 2 for v in x), Fraction(0))
 
 
-@given(st.lists(st.lists(st.floats(-1, 1), max_size=6), min_size=1, max_size=12), st.sampled_from([0.0, 1.0, 1e4, -1e8]), st.sampled_from([1e-30, 1.0]))
+@given(
+    st.lists(st.lists(st.floats(-1, 1), max_size=6), min_size=1, max_size=12),
+    st.sampled_from([0.0, 1.0, 1e4, -1e8]),
+    st.sampled_from([1e-30, 1.0]),
+)
 def test_parts_combine_to_the_exact_moments(parts: list[list[float]], offset: float, spread: float) -> None:
     parts = [[offset * spread + v * spread for v in p] for p in parts]
     values = [v for p in parts for v in p]
@@ -151,8 +159,10 @@ def test_a_constant_has_no_variance(value: float, count: int) -> None:
     assert moments([[value]] * count)[2] == 0
 
 
-@pytest.mark.parametrize(("dtype", "std"), [(np.float32, 1e-40), (np.float32, 1e-30), (np.float32, 1.0), (np.float32, 1e30), (np.float32, 8e37),
-                                            (np.float64, 1e-140), (np.float64, 1e-40), (np.float64, 1e38), (np.float64, 1e140)])  # fmt: skip
+EXTREMES = [(np.float32, s) for s in (1e-40, 1e-30, 1.0, 1e30, 8e37)] + [(np.float64, s) for s in (1e-140, 1e-40, 1e38, 1e140)]
+
+
+@pytest.mark.parametrize(("dtype", "std"), EXTREMES)
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 def test_the_normaliser_keeps_extreme_gradients_in_range(dtype: type, std: float, mean: float) -> None:
     g = ((np.random.default_rng(5).standard_normal(2000).clip(-3, 3) * 0.3 + mean) * std / 4).astype(dtype)
