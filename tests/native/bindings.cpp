@@ -129,9 +129,7 @@ py::list runs(const Operands& operands, int64_t begin, int64_t end) {
   for (const View& one : v) pointers.push_back(&one);
   const Layout layout = coalesce(pointers.data(), int(v.size()));
   py::list out;
-  walk(layout, begin, end, [&](const int64_t* at, int64_t n) {
-    out.append(py::make_tuple(std::vector<int64_t>(at, at + v.size()), n));
-  });
+  walk(layout, begin, end, [&](const int64_t* at, int64_t n) { out.append(py::make_tuple(std::vector<int64_t>(at, at + v.size()), n)); });
   return out;
 }
 
@@ -164,7 +162,8 @@ double spg(const Operands& accumulated, const std::vector<Operands>& heads) {
 PYBIND11_MODULE(_fastcl_numpy, m) {
   py::class_<Operand>(m, "Operand")
       .def_property_readonly("numel", [](const Operand& o) { return o.view().numel(); })
-      .def_property_readonly("span", [](const Operand& o) { return reinterpret_cast<uintptr_t>(o.view().end()) - reinterpret_cast<uintptr_t>(o.data); });
+      .def_property_readonly(
+          "span", [](const Operand& o) { return reinterpret_cast<uintptr_t>(o.view().end()) - reinterpret_cast<uintptr_t>(o.data); });
   m.def("of_array", &of_array);
   m.def("at_address", &at_address);
   m.def("set_pool", [](int threads, int64_t part) {
@@ -172,18 +171,38 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     largest_part = part;
   });
 
-  m.def("widen_f16", [](const py::array_t<uint16_t, py::array::c_style>& x) { return map<uint16_t, float>(x, [](uint16_t b) { return widen(Float16{b}); }); });
-  m.def("widen_bf16", [](const py::array_t<uint16_t, py::array::c_style>& x) { return map<uint16_t, float>(x, [](uint16_t b) { return widen(BFloat16{b}); }); });
-  m.def("to_f16", [](const py::array_t<float, py::array::c_style>& x) { return map<float, uint16_t>(x, [](float v) { return to_float16(v).bits; }); });
-  m.def("to_bf16", [](const py::array_t<float, py::array::c_style>& x) { return map<float, uint16_t>(x, [](float v) { return to_bfloat16(v).bits; }); });
-  m.def("store_f16_f64", [](const py::array_t<double, py::array::c_style>& x) { return map<double, uint16_t>(x, [](double v) { return store<Float16>(v).bits; }); });
-  m.def("store_bf16_f64", [](const py::array_t<double, py::array::c_style>& x) { return map<double, uint16_t>(x, [](double v) { return store<BFloat16>(v).bits; }); });
-  m.def("load_u8_f32", [](const py::array_t<uint8_t, py::array::c_style>& x) { return map<uint8_t, float>(x, [](uint8_t v) { return load<float>(v); }); });
-  m.def("load_u8_f64", [](const py::array_t<uint8_t, py::array::c_style>& x) { return map<uint8_t, double>(x, [](uint8_t v) { return load<double>(v); }); });
-  m.def("store_u8_f32", [](const py::array_t<float, py::array::c_style>& x) { return map<float, uint8_t>(x, [](float v) { return store<uint8_t>(v); }); });
-  m.def("store_u8_f64", [](const py::array_t<double, py::array::c_style>& x) { return map<double, uint8_t>(x, [](double v) { return store<uint8_t>(v); }); });
-  m.def("abs_tanh_f32", [](const py::array_t<float, py::array::c_style>& x) { return map<float, float>(x, [](float v) { return abs_tanh(v); }); });
-  m.def("abs_tanh_f64", [](const py::array_t<double, py::array::c_style>& x) { return map<double, double>(x, [](double v) { return abs_tanh(v); }); });
+  m.def("widen_f16", [](const py::array_t<uint16_t, py::array::c_style>& x) {
+    return map<uint16_t, float>(x, [](uint16_t b) { return widen(Float16{b}); });
+  });
+  m.def("widen_bf16", [](const py::array_t<uint16_t, py::array::c_style>& x) {
+    return map<uint16_t, float>(x, [](uint16_t b) { return widen(BFloat16{b}); });
+  });
+  m.def("to_f16", [](const py::array_t<float, py::array::c_style>& x) {
+    return map<float, uint16_t>(x, [](float v) { return to_float16(v).bits; });
+  });
+  m.def("to_bf16", [](const py::array_t<float, py::array::c_style>& x) {
+    return map<float, uint16_t>(x, [](float v) { return to_bfloat16(v).bits; });
+  });
+  m.def("store_f16_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint16_t>(x, [](double v) { return store<Float16>(v).bits; });
+  });
+  m.def("store_bf16_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint16_t>(x, [](double v) { return store<BFloat16>(v).bits; });
+  });
+  m.def("load_u8_f32",
+        [](const py::array_t<uint8_t, py::array::c_style>& x) { return map<uint8_t, float>(x, [](uint8_t v) { return load<float>(v); }); });
+  m.def("load_u8_f64", [](const py::array_t<uint8_t, py::array::c_style>& x) {
+    return map<uint8_t, double>(x, [](uint8_t v) { return load<double>(v); });
+  });
+  m.def("store_u8_f32",
+        [](const py::array_t<float, py::array::c_style>& x) { return map<float, uint8_t>(x, [](float v) { return store<uint8_t>(v); }); });
+  m.def("store_u8_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint8_t>(x, [](double v) { return store<uint8_t>(v); });
+  });
+  m.def("abs_tanh_f32",
+        [](const py::array_t<float, py::array::c_style>& x) { return map<float, float>(x, [](float v) { return abs_tanh(v); }); });
+  m.def("abs_tanh_f64",
+        [](const py::array_t<double, py::array::c_style>& x) { return map<double, double>(x, [](double v) { return abs_tanh(v); }); });
   m.def("combine", [](const Parts& parts) {
     const Moments sum = combined(parts);
     return py::make_tuple(sum.count, sum.mean, sum.m2);
