@@ -16,15 +16,16 @@ DType dtype_of(dlpack::DataType t) {
 
 Device device_of(dlpack::Device d) { return d.type == dlpack::kCPU ? Device::cpu : d.type == dlpack::kCUDA ? Device::cuda : Device::other; }
 
-// The strides of a freshly made tensor, also where a size is 1. Views of complex memory, the only ones that can be lazily negated, never
-// have them: their innermost stride is 2.
+// The strides of a freshly made tensor of more than one element, also where a size is 1. Views of complex memory, the only ones that can be
+// lazily negated, never have them (their innermost stride is 2) unless as_strided is told to make them up.
 bool has_default_strides(const View& v) {
-  int64_t expected = 1;
+  int64_t expected = 1, elements = 1;
   for (int d = v.ndim - 1; d >= 0; --d) {
     if (v.strides[d] != expected) return false;
     expected *= v.shape[d] > 0 ? v.shape[d] : 1;
+    elements *= v.shape[d];
   }
-  return v.ndim > 0;
+  return elements != 1;
 }
 
 // 1, 0, or -1 if the question itself failed.
@@ -36,6 +37,17 @@ int truth(PyObject* value) {
   const int result = value == Py_True ? 1 : value == Py_False ? 0 : -1;
   Py_DECREF(value);
   return result;
+}
+
+// A view into a storage without memory (resized to nothing, as sharded training does) reports its offset as its address. Real memory
+// this low is rare, so that asking the storage costs nothing.
+bool has_no_memory(PyObject* object, const void* data) {
+  if (reinterpret_cast<uintptr_t>(data) >> 38 != 0) return false;
+  try {
+    return data == nullptr || py::handle(object).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() == 0;
+  } catch (const py::error_already_set&) {
+    return true;
+  }
 }
 
 }  // namespace
@@ -60,7 +72,8 @@ const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, V
   if (device_index_ >= 0 && out.device_index != device_index_) return "is on another device";
   device_index_ = out.device_index;
   if (out.dtype == DType::other || (out.dtype == DType::u8 && !accepts_uint8)) return "has a dtype that is not accepted";
-  if (t.data == nullptr && out.numel() > 0) return "has no memory behind it";
+  if (out.numel() > 0 && has_no_memory(object, out.data)) return "has no memory behind it";
+  if (reinterpret_cast<uintptr_t>(out.data) % uintptr_t(size_of(out.dtype)) != 0) return "is not aligned to its elements";
   if (grad_mode_ && access == Access::writes && truth(torch.requires_grad->get(object, torch.requires_grad->closure)) != 0)
     return "requires grad";
   if (!has_default_strides(out) && truth(PyObject_CallMethodNoArgs(object, is_neg)) != 0) return "is lazily negated";
@@ -98,8 +111,13 @@ bool Gate::take(const char* name, py::handle list, Access access, bool accepts_u
 
 bool Gate::take_number(const char* name, py::handle value, double& out) {
   if (refusal_) return false;
-  if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return refuse(name, std::nullopt, "is not a number");
-  out = PyFloat_AsDouble(value.ptr());
+  // Nothing here may run Python code (a __float__ of its own), which could change the tensors that have passed.
+  if (PyFloat_Check(value.ptr()))
+    out = PyFloat_AS_DOUBLE(value.ptr());
+  else if (PyLong_CheckExact(value.ptr()) || PyBool_Check(value.ptr()))
+    out = PyLong_AsDouble(value.ptr());
+  else
+    return refuse(name, std::nullopt, "is not a number");
   if (PyErr_Occurred()) {
     PyErr_Clear();
     return refuse(name, std::nullopt, "is too large");
@@ -123,6 +141,13 @@ bool Gate::same_shapes(const char* name, const Views& views, const Views& others
   if (refusal_ || !same_length(name, views.size(), others.size())) return false;
   for (size_t i = 0; i < views.size(); ++i)
     if (!same_shape(views[i], others[i])) return refuse(name, i, "has another shape");
+  return true;
+}
+
+bool Gate::contiguous(const char* name, const Views& views) {
+  if (refusal_) return false;
+  for (size_t i = 0; i < views.size(); ++i)
+    if (!is_contiguous(views[i])) return refuse(name, i, "is not contiguous");
   return true;
 }
 

@@ -27,6 +27,7 @@ class Gate {
   bool same_length(const char* name, size_t length, size_t expected);
   bool broadcast(const char* name, const Views& read, const Views& written);
   bool same_shapes(const char* name, const Views& views, const Views& others);
+  bool contiguous(const char* name, const Views& views);
   bool apart(const Views& written, const std::vector<const Views*>& reads);
 
   // None if nothing was refused, else the reason.

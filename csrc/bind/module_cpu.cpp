@@ -59,7 +59,7 @@ py::object yardstick_(const py::object& written, const py::object& read) {
   Gate gate(Device::cpu, false);
   Views w, r;
   if (gate.take("written", written, Access::writes, true, w) && gate.take("read", read, Access::reads, true, r) &&
-      gate.same_shapes("read", r, w) && gate.apart(w, {&r})) {
+      gate.same_shapes("read", r, w) && gate.contiguous("written", w) && gate.contiguous("read", r) && gate.apart(w, {&r})) {
     py::gil_scoped_release release;
     cpu::yardstick_(w, r, torch_pool());
   }
@@ -69,7 +69,7 @@ py::object yardstick_(const py::object& written, const py::object& read) {
 py::object yardstick_read(const py::object& read) {
   Gate gate(Device::cpu, false);
   Views r;
-  if (!gate.take("read", read, Access::reads, true, r)) return gate.verdict();
+  if (!gate.take("read", read, Access::reads, true, r) || !gate.contiguous("read", r)) return gate.verdict();
   py::gil_scoped_release release;
   const uint64_t folded = cpu::yardstick_read(r, torch_pool());
   py::gil_scoped_acquire acquire;

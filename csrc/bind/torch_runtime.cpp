@@ -1,5 +1,8 @@
 #include "bind/torch_runtime.h"
 
+#include <pthread.h>
+
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +12,11 @@ namespace fastcl::bind {
 namespace {
 
 TorchRuntime runtime;
+
+// OpenMP's threads do not survive a fork, and its pool waits for them for ever in the child: a child of a process that has used the pool
+// works alone.
+std::atomic<bool> pool_was_used{false};
+std::atomic<bool> pool_is_lost{false};
 
 const dlpack::ExchangeAPI* exchange_api(const py::capsule& capsule) {
   auto* header = static_cast<const dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -34,11 +42,14 @@ void connect(const py::type& tensor, const py::type& parameter, const py::capsul
   next.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   next.parallel_for = reinterpret_cast<decltype(next.parallel_for)>(parallel_for);
   next.num_threads = reinterpret_cast<decltype(next.num_threads)>(num_threads);
+  if (runtime.api == nullptr) pthread_atfork(nullptr, nullptr, [] { pool_is_lost = pool_was_used.load(); });
   runtime = next;
 }
 
 void run_on_torch(int64_t count, int64_t grain, Pool::Body body, void* context) {
   if (count <= 0) return;
+  if (pool_is_lost) return body(0, count, context);
+  pool_was_used = true;
   if (runtime.parallel_for(0, count, grain, body, context) != 0) throw std::runtime_error("torch's thread pool reported a failure");
 }
 
@@ -76,6 +87,11 @@ NewTensor::NewTensor(int32_t device_type, int32_t device_index, dlpack::DataType
   if (torch_runtime().api->allocate(&prototype, &managed_, nullptr, throw_allocation_error) != 0 || managed_ == nullptr) {
     if (PyErr_Occurred()) throw py::error_already_set();
     throw std::runtime_error("torch could not allocate");
+  }
+  // Under a FakeTensorMode torch hands out tensors without memory.
+  if (managed_->tensor.data == nullptr && elements > 0) {
+    managed_->deleter(managed_);
+    throw std::runtime_error("torch allocated a tensor without memory");
   }
 }
 

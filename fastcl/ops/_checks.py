@@ -25,6 +25,8 @@ def listed(name: str, value: object) -> None:
     for i, t in enumerate(value):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
+        if t.is_nested:  # the dispatcher has no fallback for them and says so in 200 lines
+            raise TypeError(f"{name}[{i}] must be a dense tensor, got a nested one; pass its .unbind() tensors")
 
 
 def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
@@ -37,6 +39,23 @@ def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
             raise TypeError(f"{name}[{i}] has dtype {_names([t.dtype])}; accepted are {_names(dtypes)}")
         if t.is_neg():
             raise TypeError(f"{name}[{i}] is a lazily negated view, whose memory does not hold its value; pass {name}[{i}].resolve_neg()")
+        if type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda):
+            _in_memory(name, i, t)
+
+
+def _in_memory(name: str, i: int, t: Tensor) -> None:
+    """Whether a tensor has memory, at addresses that its elements' size divides.
+
+    A view into a storage that was resized to nothing (as sharded training does) reports its offset as its address; asking every storage
+    for its size would cost more than the op. A storage that was shrunk to something is not noticed, here and in torch's own ops.
+    """
+    address = t.data_ptr()
+    if address >> 38 == 0 and t.numel() and not t.untyped_storage().nbytes():
+        raise ValueError(f"{name}[{i}] has no memory behind it: its storage was resized to 0 bytes after the view was made")
+    if address % t.element_size():
+        raise ValueError(
+            f"{name}[{i}] starts at an address that is no multiple of its element size {t.element_size()}; pass a .clone() of it"
+        )
 
 
 def not_recorded(name: str, written: Sequence[Tensor]) -> None:
@@ -84,7 +103,10 @@ def unit_interval(name: str, value: object) -> float:
     """A Python number in [0, 1]."""
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be in [0, 1], got a number too large for a float") from None
     if math.isnan(number) or not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {number}")
     return number

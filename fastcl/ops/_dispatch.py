@@ -7,22 +7,30 @@ goes through the operator in torch's dispatcher, whose implementation checks the
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastcl import _native, backends
 
 
 def traced() -> bool:
-    """Whether someone needs to see the call as an operator: torch.compile, a dispatch mode, functorch, jit.trace or the profiler."""
+    """Whether someone needs to see the call as an operator: torch.compile, a dispatch mode, functorch or the profiler.
+
+    Raises RuntimeError under torch.jit.trace, which would drop the operator from its graph: it takes a list that is written to for unused.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace loses operators that write into lists of tensors; use torch.compile or torch.export")
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
 
@@ -35,6 +43,7 @@ def gate(op: str, written: Sequence[Tensor], *args: Any) -> bool:
     name = backends.NATIVE.get(backend)
     if name is None:
         return False
+    written = tuple(written)  # another thread may change the list while the compiled function runs
     refusal = getattr(_native.module(name), op)(written, *args, torch.is_grad_enabled())
     if refusal is not None:
         return False
@@ -67,15 +76,27 @@ def by_device(*lists: Sequence[Tensor]) -> list[tuple[torch.device, list[list[Te
 
 def run(op: str, device: torch.device, written: Sequence[Tensor], *args: Any) -> Any:
     """Run checked arguments of one device on the implementation that serves it."""
-    with torch.no_grad():
+    # torch's own ops write inference tensors in inference mode only.
+    with torch.inference_mode() if any(t.is_inference() for t in written) else torch.no_grad():
         result = backends.implementation(op, device)(written, *args)
     bump_versions(written)
     return result
+
+
+def _opaque(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo out of an implementation that runs between two compiled graphs, without loading Dynamo where nobody compiles."""
+    disabled = _disable_dynamo(implementation)
+
+    @functools.wraps(implementation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else implementation)(*args, **kwargs)
+
+    return call
 
 
 def define(op: str, family: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register ``fastcl::op``: one implementation for every device, and a fake for tracing."""
     backends.FAMILIES[op] = family
     torch.library.define(f"fastcl::{op}", schema)
-    torch.library.impl(f"fastcl::{op}", "CompositeExplicitAutograd")(implementation)
+    torch.library.impl(f"fastcl::{op}", "CompositeExplicitAutograd")(_opaque(implementation))
     torch.library.register_fake(f"fastcl::{op}")(fake)

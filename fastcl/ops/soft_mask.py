@@ -37,7 +37,7 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
         torch.ops.fastcl.soft_mask_(grads, importance, _checks.unit_interval("strength", strength))
 
 
-def _check(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float) -> None:
+def _check(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float = 1.0) -> None:
     _checks.dense("grads", grads, _checks.FLOATING)
     _checks.not_recorded("grads", grads)
     _checks.dense("importance", importance, _checks.STORED)

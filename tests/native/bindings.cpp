@@ -1,0 +1,232 @@
+// fastcl's torch-free arithmetic and CPU ops on NumPy arrays: the code that ships, in a process that sanitizers can watch.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <thread>
+
+#include "core/importance.h"
+#include "core/scalar.h"
+#include "core/soft_mask.h"
+#include "core/tanh.h"
+#include "core/view.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace fastcl;
+
+namespace {
+
+DType parse(const std::string& name) {
+  if (name == "f64") return DType::f64;
+  if (name == "f32") return DType::f32;
+  if (name == "bf16") return DType::bf16;
+  if (name == "f16") return DType::f16;
+  if (name == "u8") return DType::u8;
+  throw py::value_error("unknown dtype " + name);
+}
+
+// A view on an array's memory, or on addresses that are never touched (address given).
+struct Operand {
+  py::object owner;
+  char* data;
+  std::vector<int64_t> shape, strides;
+  DType dtype;
+  View view() const { return View{data, shape.data(), strides.data(), int32_t(shape.size()), dtype, Device::cpu, 0}; }
+};
+
+Operand of_array(const py::array& array, const std::string& dtype) {
+  Operand out{array, static_cast<char*>(const_cast<void*>(array.data())), {}, {}, parse(dtype)};
+  if (array.itemsize() != size_of(out.dtype)) throw py::value_error("the array's items do not have the size of " + dtype);
+  for (py::ssize_t d = 0; d < array.ndim(); ++d) {
+    if (array.strides(d) % array.itemsize() != 0) throw py::value_error("a stride is not a multiple of the item's size");
+    out.shape.push_back(array.shape(d));
+    out.strides.push_back(array.strides(d) / array.itemsize());
+  }
+  return out;
+}
+
+Operand at_address(uintptr_t address, std::vector<int64_t> shape, std::vector<int64_t> strides, const std::string& dtype) {
+  return {py::none(), reinterpret_cast<char*>(address), std::move(shape), std::move(strides), parse(dtype)};
+}
+
+using Operands = std::vector<Operand>;
+
+Views views(const Operands& operands) {
+  Views out;
+  for (const Operand& o : operands) out.push_back(o.view());
+  return out;
+}
+
+int pool_threads = 1;
+int64_t largest_part = 0;  // 0: as large as the threads allow
+
+// Threads that fetch part after part: the order in which parts run is another one every time.
+void run_on_threads(int64_t count, int64_t grain, Pool::Body body, void* context) {
+  int64_t part = std::max(grain, (count + pool_threads - 1) / pool_threads);
+  if (largest_part > 0) part = std::min(part, largest_part);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t begin; (begin = next.fetch_add(part)) < count;) body(begin, std::min(count, begin + part), context);
+  };
+  std::vector<std::thread> threads;
+  for (int t = 1; t < pool_threads; ++t) threads.emplace_back(work);
+  work();
+  for (std::thread& t : threads) t.join();
+}
+
+void run_serially(int64_t count, int64_t, Pool::Body body, void* context) {
+  if (count > 0) body(0, count, context);
+}
+
+Pool pool() { return Pool{pool_threads > 1 || largest_part > 0 ? run_on_threads : run_serially}; }
+
+template <class In, class Out, class F>
+py::array_t<Out> map(const py::array_t<In, py::array::c_style>& in, F&& f) {
+  py::array_t<Out> out(in.size());
+  const In* from = in.data();
+  Out* to = out.mutable_data();
+  for (py::ssize_t e = 0; e < in.size(); ++e) to[e] = f(from[e]);
+  return out;
+}
+
+using Parts = std::vector<std::tuple<double, double, double>>;
+
+Moments combined(const Parts& parts) {
+  Moments sum{0, 0, 0};
+  for (const auto& [count, mean, m2] : parts) sum = combine(sum, Moments{count, mean, m2});
+  return sum;
+}
+
+template <class C>
+py::array_t<C> normalised(const py::array_t<C, py::array::c_style>& x, double shift, double count, double mean, double m2) {
+  const auto normalise = Normaliser<C>::make(shift, Moments{count, mean, m2});
+  return map<C, C>(x, [&](C g) { return normalise(g); });
+}
+
+// Every element that walk visits in [begin, end): [element, operand] offsets.
+py::array_t<int64_t> walked(const Operands& operands, int64_t begin, int64_t end) {
+  const Views v = views(operands);
+  std::vector<const View*> pointers;
+  for (const View& one : v) pointers.push_back(&one);
+  const int n_operands = int(v.size());
+  const Layout layout = coalesce(pointers.data(), n_operands);
+  std::vector<int64_t> rows;
+  walk(layout, begin, end, [&](const int64_t* at, int64_t n) {
+    for (int64_t e = 0; e < n; ++e)
+      for (int o = 0; o < n_operands; ++o) rows.push_back(at[o] + e * layout.stride(0)[o]);
+  });
+  py::array_t<int64_t> out({py::ssize_t(rows.size()) / n_operands, py::ssize_t(n_operands)});
+  std::copy(rows.begin(), rows.end(), out.mutable_data());
+  return out;
+}
+
+// The runs themselves, for layouts too large to list their elements: [(offsets, n)].
+py::list runs(const Operands& operands, int64_t begin, int64_t end) {
+  const Views v = views(operands);
+  std::vector<const View*> pointers;
+  for (const View& one : v) pointers.push_back(&one);
+  const Layout layout = coalesce(pointers.data(), int(v.size()));
+  py::list out;
+  walk(layout, begin, end, [&](const int64_t* at, int64_t n) { out.append(py::make_tuple(std::vector<int64_t>(at, at + v.size()), n)); });
+  return out;
+}
+
+py::tuple layout_of(const Operands& operands) {
+  const Views v = views(operands);
+  std::vector<const View*> pointers;
+  for (const View& one : v) pointers.push_back(&one);
+  const Layout layout = coalesce(pointers.data(), int(v.size()));
+  return py::make_tuple(layout.sizes, layout.strides);
+}
+
+bool overlap(const Operands& written, const std::vector<Operands>& reads) {
+  std::vector<Views> lists;
+  for (const Operands& r : reads) lists.push_back(views(r));
+  std::vector<const Views*> pointers;
+  for (const Views& l : lists) pointers.push_back(&l);
+  return writes_overlap(views(written), pointers);
+}
+
+double spg(const Operands& accumulated, const std::vector<Operands>& heads) {
+  std::vector<Views> lists;
+  for (const Operands& h : heads) lists.push_back(views(h));
+  const Views a = views(accumulated);
+  py::gil_scoped_release release;
+  return cpu::spg_importance_(a, lists, pool());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_fastcl_numpy, m) {
+  py::class_<Operand>(m, "Operand")
+      .def_property_readonly("numel", [](const Operand& o) { return o.view().numel(); })
+      .def_property_readonly(
+          "span", [](const Operand& o) { return reinterpret_cast<uintptr_t>(o.view().end()) - reinterpret_cast<uintptr_t>(o.data); });
+  m.def("of_array", &of_array);
+  m.def("at_address", &at_address);
+  m.def("set_pool", [](int threads, int64_t part) {
+    pool_threads = threads;
+    largest_part = part;
+  });
+
+  m.def("widen_f16", [](const py::array_t<uint16_t, py::array::c_style>& x) {
+    return map<uint16_t, float>(x, [](uint16_t b) { return widen(Float16{b}); });
+  });
+  m.def("widen_bf16", [](const py::array_t<uint16_t, py::array::c_style>& x) {
+    return map<uint16_t, float>(x, [](uint16_t b) { return widen(BFloat16{b}); });
+  });
+  m.def("to_f16", [](const py::array_t<float, py::array::c_style>& x) {
+    return map<float, uint16_t>(x, [](float v) { return to_float16(v).bits; });
+  });
+  m.def("to_bf16", [](const py::array_t<float, py::array::c_style>& x) {
+    return map<float, uint16_t>(x, [](float v) { return to_bfloat16(v).bits; });
+  });
+  m.def("store_f16_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint16_t>(x, [](double v) { return store<Float16>(v).bits; });
+  });
+  m.def("store_bf16_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint16_t>(x, [](double v) { return store<BFloat16>(v).bits; });
+  });
+  m.def("load_u8_f32",
+        [](const py::array_t<uint8_t, py::array::c_style>& x) { return map<uint8_t, float>(x, [](uint8_t v) { return load<float>(v); }); });
+  m.def("load_u8_f64", [](const py::array_t<uint8_t, py::array::c_style>& x) {
+    return map<uint8_t, double>(x, [](uint8_t v) { return load<double>(v); });
+  });
+  m.def("store_u8_f32",
+        [](const py::array_t<float, py::array::c_style>& x) { return map<float, uint8_t>(x, [](float v) { return store<uint8_t>(v); }); });
+  m.def("store_u8_f64", [](const py::array_t<double, py::array::c_style>& x) {
+    return map<double, uint8_t>(x, [](double v) { return store<uint8_t>(v); });
+  });
+  m.def("abs_tanh_f32",
+        [](const py::array_t<float, py::array::c_style>& x) { return map<float, float>(x, [](float v) { return abs_tanh(v); }); });
+  m.def("abs_tanh_f64",
+        [](const py::array_t<double, py::array::c_style>& x) { return map<double, double>(x, [](double v) { return abs_tanh(v); }); });
+  m.def("combine", [](const Parts& parts) {
+    const Moments sum = combined(parts);
+    return py::make_tuple(sum.count, sum.mean, sum.m2);
+  });
+  m.def("normalise_f32", &normalised<float>);
+  m.def("normalise_f64", &normalised<double>);
+
+  m.def("walked", &walked);
+  m.def("runs", &runs);
+  m.def("layout", &layout_of);
+  m.def("overlaps_itself", [](const Operand& o) { return overlaps_itself(o.view()); });
+  m.def("is_contiguous", [](const Operand& o) { return is_contiguous(o.view()); });
+  m.def("broadcasts", [](const Operand& read, const Operand& written) { return broadcasts(read.view(), written.view()); });
+  m.def("writes_overlap", &overlap);
+
+  m.def("soft_mask_", [](const Operands& grads, const Operands& importance, double strength) {
+    const Views g = views(grads), i = views(importance);
+    py::gil_scoped_release release;
+    cpu::soft_mask_(g, i, strength, pool());
+  });
+  m.def("emax_", [](const Operands& importance, const Operands& fresh) {
+    const Views i = views(importance), n = views(fresh);
+    py::gil_scoped_release release;
+    cpu::emax_(i, n, pool());
+  });
+  m.def("spg_importance_", &spg);
+}

@@ -1,0 +1,21 @@
+"""Real threads over all ops, short: what ThreadSanitizer watches."""
+
+from __future__ import annotations
+
+import _fastcl_numpy as native
+import numpy as np
+import pytest
+from arrays import operand, random_values
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_threads_share_no_element(strided: bool) -> None:
+    native.set_pool(4, 5000)
+    rng = np.random.default_rng(0)
+    sizes = (1, 40_000, 7, 90_001, 64)
+    grads = [random_values(rng, n, "f32")[:: 2 if strided else 1] for n in sizes]
+    importance = [random_values(rng, n, "u8")[:: 2 if strided else 1] for n in sizes]
+    native.soft_mask_([operand(g, "f32") for g in grads], [operand(i, "u8") for i in importance], 0.5)
+    native.emax_([operand(i, "u8") for i in importance], [operand(g, "f32") for g in grads])
+    mean = native.spg_importance_([operand(i, "u8") for i in importance], [[operand(g, "f32") for g in grads]] * 2)
+    assert 0 < mean <= 1
