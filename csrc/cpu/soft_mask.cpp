@@ -1,5 +1,5 @@
 #include "cpu/ops.h"
-#include "cpu/dtypes.h"
+#include "core/dtypes.h"
 #include "cpu/sweep.h"
 #include "core/soft_mask.h"
 
