@@ -12,11 +12,13 @@
 #define FASTCL_HD inline
 #endif
 
-// Before a loop whose arrays have to live in a GPU's registers.
+// Before a loop whose arrays have to live in a GPU's registers, and before one that would only bloat its code.
 #ifdef __CUDA_ARCH__
 #define FASTCL_UNROLL _Pragma("unroll")
+#define FASTCL_ROLLED _Pragma("unroll 1")
 #else
 #define FASTCL_UNROLL
+#define FASTCL_ROLLED
 #endif
 
 // One binary for every x86-64: the loader picks the widest version that the processor has. The loops stay plain C++, so the results of

@@ -29,7 +29,7 @@ __device__ Moments shifted_down(const Moments& m, int step) {
 template <int threads, class T>
 __device__ T combine_block(T part) {
   __shared__ T warps[threads / 32];
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int step = 16; step > 0; step /= 2) part = combine(part, shifted_down(part, step));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
   __syncthreads();

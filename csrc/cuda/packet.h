@@ -48,6 +48,7 @@ struct Packet {
   // The tensor that a chunk belongs to. Empty tensors are not listed, so the prefix sums ascend strictly.
   FASTCL_HD int find(uint32_t chunk) const {
     int low = 0, high = tensors;
+    FASTCL_ROLLED
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       if (first_chunk[middle] <= chunk) {
@@ -66,6 +67,7 @@ struct Packet {
     const int ndim = int(words[entry + kForm] & kDimsMask);
     int d = dims(entry);
     uint64_t rest = uint64_t(e);
+    FASTCL_ROLLED
     for (int left = ndim; left > 0; --left, d += 1 + operands) {
       const uint64_t size = uint64_t(words[d]);
       const uint64_t next = left > 1 ? rest / size : 0;

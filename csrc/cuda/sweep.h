@@ -48,20 +48,37 @@ struct Words<32> {
 };
 
 template <class T, int V>
-struct Vector {
+struct Elements {
   T x[V];
-  using words = typename Words<int(sizeof(T)) * V>::type;
 };
 
-// Not through the read-only cache: what is read may be what is written, element for element.
+// It stays in words until its elements are needed, since each element takes a register.
+template <class T, int V>
+struct Vector {
+  using Word = typename Words<int(sizeof(T)) * V>::type;
+  Word words;
+
+  // Not through the read-only cache: what is read may be what is written, element for element.
+  static FASTCL_HD Vector load(const T* p) { return {*reinterpret_cast<const Word*>(p)}; }
+  static FASTCL_HD Vector of(const Elements<T, V>& e) { return {bit_cast<Word>(e)}; }
+  FASTCL_HD void store(T* p) const { *reinterpret_cast<Word*>(p) = words; }
+  FASTCL_HD Elements<T, V> elements() const { return bit_cast<Elements<T, V>>(words); }
+};
 template <int V, class T>
-FASTCL_HD Vector<T, V> load_vector(const T* p) {
-  const auto words = *reinterpret_cast<const typename Vector<T, V>::words*>(p);
-  return bit_cast<Vector<T, V>>(words);
+FASTCL_HD Vector<T, V> filled(T value) {
+  Elements<T, V> e;
+  FASTCL_UNROLL
+  for (int k = 0; k < V; ++k) e.x[k] = value;
+  return Vector<T, V>::of(e);
 }
-template <int V, class T>
-FASTCL_HD void store_vector(T* p, const Vector<T, V>& v) {
-  *reinterpret_cast<typename Vector<T, V>::words*>(p) = bit_cast<typename Vector<T, V>::words>(v);
+// op(a[k], b[k])
+template <class W, class R, int V, class Op>
+FASTCL_HD Vector<W, V> apply(const Vector<W, V>& a, const Vector<R, V>& b, const Op& op) {
+  Elements<W, V> w = a.elements();
+  const Elements<R, V> r = b.elements();
+  FASTCL_UNROLL
+  for (int k = 0; k < V; ++k) w.x[k] = op(w.x[k], r.x[k]);
+  return Vector<W, V>::of(w);
 }
 
 // The chunk of a block, found in the packet.
@@ -102,29 +119,25 @@ FASTCL_HD void pair_dense(W* w, const R* r, int n, bool one, int thread, const O
   constexpr int V = pair_run<W, R>, U = pair_rows<W, R>;
   Vector<W, V> a[U];
   Vector<R, V> b[U];
-  if (one) {
-FASTCL_UNROLL
-    for (int u = 0; u < U; ++u)
-FASTCL_UNROLL
-      for (int k = 0; k < V; ++k) b[u].x[k] = *r;
+  FASTCL_UNROLL
+  for (int u = 0; u < U; ++u) {
+    a[u] = {};
+    b[u] = {};
+    if (one) b[u] = filled<V>(*r);
   }
   const int vectors = n / V;
   for (int first = thread; first < vectors; first += U * kThreads) {
-FASTCL_UNROLL
+    FASTCL_UNROLL
     for (int u = 0; u < U; ++u)
-      if (first + u * kThreads < vectors) a[u] = load_vector<V>(w + (first + u * kThreads) * V);
+      if (first + u * kThreads < vectors) a[u] = Vector<W, V>::load(w + (first + u * kThreads) * V);
     if (!one) {
-FASTCL_UNROLL
+      FASTCL_UNROLL
       for (int u = 0; u < U; ++u)
-        if (first + u * kThreads < vectors) b[u] = load_vector<V>(r + (first + u * kThreads) * V);
+        if (first + u * kThreads < vectors) b[u] = Vector<R, V>::load(r + (first + u * kThreads) * V);
     }
-FASTCL_UNROLL
-    for (int u = 0; u < U; ++u) {
-      if (first + u * kThreads >= vectors) continue;
-FASTCL_UNROLL
-      for (int k = 0; k < V; ++k) a[u].x[k] = op(a[u].x[k], b[u].x[k]);
-      store_vector<V>(w + (first + u * kThreads) * V, a[u]);
-    }
+    FASTCL_UNROLL
+    for (int u = 0; u < U; ++u)
+      if (first + u * kThreads < vectors) apply(a[u], b[u], op).store(w + (first + u * kThreads) * V);
   }
   const int last = vectors * V + thread;
   if (last < n) w[last] = op(w[last], one ? *r : r[last]);
@@ -139,26 +152,16 @@ FASTCL_HD void pair_walked(const P& p, const Chunk& c, W* w, const R* r, int thr
     int64_t at[U][2];
     Vector<W, V> a[U];
     Vector<R, V> b[U];
-FASTCL_UNROLL
+    FASTCL_UNROLL
     for (int u = 0; u < U; ++u) {
       if (first + u * kThreads >= vectors) continue;
       p.offsets(c.entry, c.begin + int64_t(first + u * kThreads) * V, 0, at[u]);
-      a[u] = load_vector<V>(w + at[u][0]);
-      if (one) {
-        const R value = r[at[u][1]];
-FASTCL_UNROLL
-        for (int k = 0; k < V; ++k) b[u].x[k] = value;
-      } else {
-        b[u] = load_vector<V>(r + at[u][1]);
-      }
+      a[u] = Vector<W, V>::load(w + at[u][0]);
+      b[u] = one ? filled<V>(r[at[u][1]]) : Vector<R, V>::load(r + at[u][1]);
     }
-FASTCL_UNROLL
-    for (int u = 0; u < U; ++u) {
-      if (first + u * kThreads >= vectors) continue;
-FASTCL_UNROLL
-      for (int k = 0; k < V; ++k) a[u].x[k] = op(a[u].x[k], b[u].x[k]);
-      store_vector<V>(w + at[u][0], a[u]);
-    }
+    FASTCL_UNROLL
+    for (int u = 0; u < U; ++u)
+      if (first + u * kThreads < vectors) apply(a[u], b[u], op).store(w + at[u][0]);
   }
 }
 
@@ -195,21 +198,23 @@ template <class G, int U, int V>
 FASTCL_HD Moments run_moments(const Vector<G, V> (&x)[U], const bool (&valid)[U], double shift) {
   double sum = 0;
   int count = 0;
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u) {
     if (!valid[u]) continue;
     count += V;
-FASTCL_UNROLL
-    for (int k = 0; k < V; ++k) sum += load<double>(x[u].x[k]) - shift;
+    const Elements<G, V> g = x[u].elements();
+    FASTCL_UNROLL
+    for (int k = 0; k < V; ++k) sum += load<double>(g.x[k]) - shift;
   }
   const double mean = sum / count;
   double m2 = 0;
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u) {
     if (!valid[u]) continue;
-FASTCL_UNROLL
+    const Elements<G, V> g = x[u].elements();
+    FASTCL_UNROLL
     for (int k = 0; k < V; ++k) {
-      const double d = (load<double>(x[u].x[k]) - shift) - mean;
+      const double d = (load<double>(g.x[k]) - shift) - mean;
       m2 += d * d;
     }
   }
@@ -230,10 +235,10 @@ FASTCL_HD Moments moments_thread(const P& p, const Chunk& c, int thread, double 
     for (int first = thread; first < vectors; first += U * kThreads) {
       Vector<G, V> x[U];
       bool valid[U];
-FASTCL_UNROLL
+      FASTCL_UNROLL
       for (int u = 0; u < U; ++u) {
         valid[u] = first + u * kThreads < vectors;
-        if (valid[u]) x[u] = load_vector<V>(g + (first + u * kThreads) * V);
+        if (valid[u]) x[u] = Vector<G, V>::load(g + (first + u * kThreads) * V);
       }
       m = combine(m, run_moments(x, valid, shift));
     }
@@ -244,13 +249,13 @@ FASTCL_UNROLL
     for (int first = thread; first < c.n; first += U * kThreads) {
       Vector<G, 1> x[U];
       bool valid[U];
-FASTCL_UNROLL
+      FASTCL_UNROLL
       for (int u = 0; u < U; ++u) {
         valid[u] = first + u * kThreads < c.n;
         if (!valid[u]) continue;
         int64_t at[1];
         p.offsets(c.entry, c.begin + first + u * kThreads, 0, at);
-        x[u].x[0] = g[at[0]];
+        x[u] = Vector<G, 1>::load(g + at[0]);
       }
       m = combine(m, run_moments(x, valid, shift));
     }
@@ -281,14 +286,15 @@ constexpr double sum_unit<uint8_t> = 255;
 template <int V, int U, class G, class C>
 FASTCL_HD void raise_to(const G* g, const int64_t* at, const bool* valid, const Normaliser<C>& normalise, C (&value)[U][V]) {
   Vector<G, V> x[U];
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u)
-    if (valid[u]) x[u] = load_vector<V>(g + at[u]);
-FASTCL_UNROLL
+    if (valid[u]) x[u] = Vector<G, V>::load(g + at[u]);
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u)
     if (valid[u]) {
-FASTCL_UNROLL
-      for (int k = 0; k < V; ++k) value[u][k] = nan_max(value[u][k], normalise(load<C>(x[u].x[k])));
+      const Elements<G, V> e = x[u].elements();
+      FASTCL_UNROLL
+      for (int k = 0; k < V; ++k) value[u][k] = nan_max(value[u][k], normalise(load<C>(e.x[k])));
     }
 }
 
@@ -300,14 +306,15 @@ FASTCL_HD double update_run(const P& p, int entry, const bool* valid, const Norm
   Vector<S, V> stored[U];
   C value[U][V];
   locate(0, own);
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u)
-    if (valid[u]) stored[u] = load_vector<V>(s + own[u]);
-FASTCL_UNROLL
+    if (valid[u]) stored[u] = Vector<S, V>::load(s + own[u]);
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u)
     if (valid[u]) {
-FASTCL_UNROLL
-      for (int k = 0; k < V; ++k) value[u][k] = load<C>(stored[u].x[k]);
+      const Elements<S, V> e = stored[u].elements();
+      FASTCL_UNROLL
+      for (int k = 0; k < V; ++k) value[u][k] = load<C>(e.x[k]);
     }
   for (int o = 1; o < p.operands; ++o) {
     locate(o, at);
@@ -324,15 +331,16 @@ FASTCL_UNROLL
     }
   }
   double sum = 0;
-FASTCL_UNROLL
+  FASTCL_UNROLL
   for (int u = 0; u < U; ++u) {
     if (!valid[u]) continue;
-FASTCL_UNROLL
+    Elements<S, V> e;
+    FASTCL_UNROLL
     for (int k = 0; k < V; ++k) {
-      stored[u].x[k] = store<S>(value[u][k]);
-      sum += sum_term(stored[u].x[k]);
+      e.x[k] = store<S>(value[u][k]);
+      sum += sum_term(e.x[k]);
     }
-    store_vector<V>(s + own[u], stored[u]);
+    Vector<S, V>::of(e).store(s + own[u]);
   }
   return sum;
 }
@@ -346,10 +354,10 @@ FASTCL_HD double update_thread(const P& p, const Chunk& c, int thread, const Nor
     const int vectors = c.n / V;
     for (int first = thread; first < vectors; first += U * kThreads) {
       bool valid[U];
-FASTCL_UNROLL
+      FASTCL_UNROLL
       for (int u = 0; u < U; ++u) valid[u] = first + u * kThreads < vectors;
       sum += update_run<V, U, S>(p, c.entry, valid, normalisers, [&](int, int64_t(&at)[U]) {
-FASTCL_UNROLL
+        FASTCL_UNROLL
         for (int u = 0; u < U; ++u) at[u] = c.begin + int64_t(first + u * kThreads) * V;
       });
     }

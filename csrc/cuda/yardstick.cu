@@ -24,14 +24,14 @@ FASTCL_HD uint64_t fold_dense(const uint8_t* bytes, int n, int thread) {
   const int vectors = n / kReadRun;
   for (int first = thread; first < vectors; first += U * kThreads) {
     Vector<uint64_t, 2> x[U];
-FASTCL_UNROLL
+    FASTCL_UNROLL
     for (int u = 0; u < U; ++u) {
-      x[u] = {{0, 0}};
+      x[u] = {};
       if (first + u * kThreads < vectors)
-        x[u] = load_vector<2>(reinterpret_cast<const uint64_t*>(bytes + int64_t(first + u * kThreads) * kReadRun));
+        x[u] = Vector<uint64_t, 2>::load(reinterpret_cast<const uint64_t*>(bytes + int64_t(first + u * kThreads) * kReadRun));
     }
-FASTCL_UNROLL
-    for (int u = 0; u < U; ++u) folded ^= x[u].x[0] ^ x[u].x[1];
+    FASTCL_UNROLL
+    for (int u = 0; u < U; ++u) folded ^= x[u].elements().x[0] ^ x[u].elements().x[1];
   }
   for (int e = vectors * kReadRun + thread; e < n; e += kThreads) {
     const bool whole = e / 8 < n / 8;
