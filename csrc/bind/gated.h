@@ -5,9 +5,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "bind/gate.h"
 #include "bind/torch_runtime.h"
-#include "cuda/packet.h"
 
 namespace fastcl::bind {
 
@@ -19,7 +20,7 @@ struct Gated {
     try {
       pybind11::gil_scoped_release release;
       run(backend);
-    } catch (const cuda::Refusal& refusal) {
+    } catch (const Refusal& refusal) {
       return pybind11::str(refusal.what());
     }
     return pybind11::none();
@@ -30,8 +31,8 @@ struct Gated {
     Gate gate(Backend::kind, grad_mode);
     Views g, i;
     double s = 0;
-    if (!(gate.take("grads", grads, false, g) && gate.take("importance", importance, true, i) && gate.take_number("strength", strength, s) &&
-          gate.broadcast("importance", i, g) && gate.apart(g, {&i})))
+    if (!(gate.take("grads", grads, Access::writes, false, g) && gate.take("importance", importance, Access::reads, true, i) &&
+          gate.take_number("strength", strength, s) && gate.broadcast("importance", i, g) && gate.apart(g, {&i})))
       return gate.verdict();
     return run(gate, [&](Backend& backend) { backend.soft_mask_(g, i, s); });
   }
@@ -39,8 +40,8 @@ struct Gated {
   static pybind11::object emax_(const pybind11::object& importance, const pybind11::object& fresh, bool grad_mode) {
     Gate gate(Backend::kind, grad_mode);
     Views i, n;
-    if (!(gate.take("importance", importance, true, i) && gate.take("new", fresh, true, n) && gate.broadcast("new", n, i) &&
-          gate.apart(i, {&n})))
+    if (!(gate.take("importance", importance, Access::writes, true, i) && gate.take("new", fresh, Access::reads, true, n) &&
+          gate.broadcast("new", n, i) && gate.apart(i, {&n})))
       return gate.verdict();
     return run(gate, [&](Backend& backend) { backend.emax_(i, n); });
   }
@@ -51,23 +52,23 @@ struct Gated {
     Views a;
     std::vector<Views> heads(pybind11::len(grads_by_head));
     std::vector<const Views*> reads;
-    bool passed = gate.take("accumulated", accumulated, true, a);
+    bool passed = gate.take("accumulated", accumulated, Access::writes, true, a);
     for (size_t h = 0; h < heads.size(); ++h) {
-      passed = passed && gate.take("grads_by_head", grads_by_head[h], false, heads[h]) && gate.same_shapes("grads_by_head", heads[h], a);
+      passed = passed && gate.take("grads_by_head", grads_by_head[h], Access::reads, false, heads[h]) &&
+               gate.same_shapes("grads_by_head", heads[h], a);
       reads.push_back(&heads[h]);
     }
     if (!passed || !gate.apart(a, reads)) return gate.verdict();
     NewTensor mean(Backend::device_type, std::max(gate.device_index(), 0), {dlpack::kFloat, 64, 1}, 1, true);
-    const pybind11::object refused =
-        run(gate, [&](Backend& backend) { backend.spg_importance_(a, heads, mean.template data<double>()); });
+    const pybind11::object refused = run(gate, [&](Backend& backend) { backend.spg_importance_(a, heads, mean.template data<double>()); });
     return refused.is_none() ? mean.to_python() : refused;
   }
 
   static pybind11::object yardstick_(const pybind11::object& written, const pybind11::object& read) {
     Gate gate(Backend::kind, false);
     Views w, r;
-    if (!(gate.take("written", written, true, w) && gate.take("read", read, true, r) && gate.same_shapes("read", r, w) &&
-          gate.apart(w, {&r})))
+    if (!(gate.take("written", written, Access::writes, true, w) && gate.take("read", read, Access::reads, true, r) &&
+          gate.same_shapes("read", r, w) && gate.apart(w, {&r})))
       return gate.verdict();
     return run(gate, [&](Backend& backend) { backend.yardstick_(w, r); });
   }

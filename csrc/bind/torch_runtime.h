@@ -12,6 +12,8 @@ namespace fastcl::bind {
 struct TorchRuntime {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
+  // Tensor.requires_grad without the attribute look-up, which would cost as much as the rest of the gate.
+  PyGetSetDef* requires_grad = nullptr;
   const dlpack::ExchangeAPI* api = nullptr;
   int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Pool::Body body, void* context) = nullptr;
   int32_t (*num_threads)(uint32_t* out) = nullptr;
@@ -21,7 +23,10 @@ struct TorchRuntime {
 const TorchRuntime& torch_runtime();
 
 // Adds connect(Tensor, Parameter, exchange_api_capsule, parallel_for_address, num_threads_address) to a module.
-void define_connect(pybind11::module_& m);
+using Connect = void(const pybind11::type& tensor, const pybind11::type& parameter, const pybind11::capsule& api, uintptr_t parallel_for,
+                     uintptr_t num_threads);
+Connect connect;
+void define_connect(pybind11::module_& m, Connect* function = &connect);
 
 // torch's own threads.
 Pool torch_pool();

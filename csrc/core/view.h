@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,12 @@ struct View {
   }
 };
 using Views = std::vector<View>;
+
+// A call that cannot be served; thrown before anything is written.
+struct Refusal : std::runtime_error {
+  Refusal(const char* argument, size_t index, const char* reason)
+      : std::runtime_error(std::string(argument) + "[" + std::to_string(index) + "] " + reason) {}
+};
 
 // A contiguous view may have any stride where its size is 1.
 inline bool is_contiguous(const View& v) {
@@ -115,9 +122,7 @@ inline bool broadcasts(const View& read, const View& written) {
   return true;
 }
 
-inline bool same_shape(const View& a, const View& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
-}
+inline bool same_shape(const View& a, const View& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
 
 inline bool same_layout(const View& a, const View& b) {
   return a.data == b.data && a.dtype == b.dtype && same_shape(a, b) && std::equal(a.strides, a.strides + a.ndim, b.strides);

@@ -1,7 +1,8 @@
-#include "cpu/ops.h"
-#include "core/dtypes.h"
-#include "cpu/sweep.h"
 #include "core/soft_mask.h"
+
+#include "core/dtypes.h"
+#include "cpu/ops.h"
+#include "cpu/sweep.h"
 
 namespace fastcl::cpu {
 namespace {

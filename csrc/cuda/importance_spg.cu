@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   const int64_t part = first_part + packet.base + blockIdx.x;
   parts[part] = {shift, m};
-  if (c.begin == 0)
-    ranges[packet.note(c.entry, 0)] = {part, int64_t(packet.first_chunk[c.tensor + 1] - packet.first_chunk[c.tensor])};
+  if (c.begin == 0) ranges[packet.note(c.entry, 0)] = {part, int64_t(packet.first_chunk[c.tensor + 1] - packet.first_chunk[c.tensor])};
 }
 
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Statistics* parts, const Range* ranges, Statistics* items) {

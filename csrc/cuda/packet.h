@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "core/view.h"
@@ -16,14 +14,8 @@ constexpr int kMaxDims = 12;                // of a walked tensor after coalesci
 constexpr int kMaxHeads = 8;                // gradients that one SPG kernel walks along with their accumulator
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of one launch
 
-// A call that cannot be served; thrown before anything is written.
-struct Refusal : std::runtime_error {
-  Refusal(const char* argument, size_t index, const char* reason)
-      : std::runtime_error(std::string(argument) + "[" + std::to_string(index) + "] " + reason) {}
-};
-
-// An entry is: numel, form, one address per operand, in some lists one note per operand, and for a walked entry per dimension, innermost first, its size
-// and the stride of every operand. Forms:
+// An entry is: numel, form, one address per operand, in some lists one note per operand, and for a walked entry per dimension, innermost
+// first, its size and the stride of every operand. Forms:
 //   dense   all operands contiguous (or of one dense layout), aligned for vectors; kOne: the second operand is a single value
 //   walked  everything else; kVectors: runs of V elements are contiguous and aligned in every operand that moves along them
 constexpr int64_t kDimsMask = 0xff, kVectors = 0x100, kOne = 0x200;
@@ -187,8 +179,7 @@ class List {
     if (along && layout.ndim() == 1) return one ? kOne : 0;
     bool runs = along && vectors_ && layout.sizes[0] % run == 0;
     for (int d = 1; d < layout.ndim(); ++d)
-      for (int o = 0; o < operands_; ++o)
-        runs = runs && (layout.stride(d)[o] % run == 0 || (one && o == 1));
+      for (int o = 0; o < operands_; ++o) runs = runs && (layout.stride(d)[o] % run == 0 || (one && o == 1));
     return layout.ndim() | (runs ? kVectors : 0);
   }
 

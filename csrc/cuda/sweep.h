@@ -192,8 +192,8 @@ static_assert(sizeof(Statistics) == 4 * sizeof(double), "the workspace counts in
 
 // Why plain double precision: the rule is an error of at most twice torch's, and for a tensor whose first element lies far from the others
 // even one float rounding of g - shift can break it. The cost per element is one conversion and about six double operations (two passes
-// over sixteen elements in registers, their moments then combined); on data-centre GPUs, which do double at half rate, that hides behind the
-// loads, on others this sweep, which runs once per task, is up to some three times slower than its bytes.
+// over sixteen elements in registers, their moments then combined); on data-centre GPUs, which do double at half rate, that hides behind
+// the loads, on others this sweep, which runs once per task, is up to some three times slower than its bytes.
 template <class G, int U, int V>
 FASTCL_HD Moments run_moments(const Vector<G, V> (&x)[U], const bool (&valid)[U], double shift) {
   double sum = 0;
@@ -356,17 +356,18 @@ FASTCL_HD double update_thread(const P& p, const Chunk& c, int thread, const Nor
       bool valid[U];
       FASTCL_UNROLL
       for (int u = 0; u < U; ++u) valid[u] = first + u * kThreads < vectors;
-      sum += update_run<V, U, S>(p, c.entry, valid, normalisers, [&](int, int64_t(&at)[U]) {
+      sum += update_run<V, U, S>(p, c.entry, valid, normalisers, [&](int, int64_t (&at)[U]) {
         FASTCL_UNROLL
         for (int u = 0; u < U; ++u) at[u] = c.begin + int64_t(first + u * kThreads) * V;
       });
     }
     const bool valid[1] = {vectors * V + thread < c.n};
-    if (valid[0]) sum += update_run<1, 1, S>(p, c.entry, valid, normalisers, [&](int, int64_t(&at)[1]) { at[0] = c.begin + vectors * V + thread; });
+    if (valid[0])
+      sum += update_run<1, 1, S>(p, c.entry, valid, normalisers, [&](int, int64_t (&at)[1]) { at[0] = c.begin + vectors * V + thread; });
   } else {
     const bool valid[1] = {true};
     for (int e = thread; e < c.n; e += kThreads)
-      sum += update_run<1, 1, S>(p, c.entry, valid, normalisers, [&](int o, int64_t(&at)[1]) { p.offsets(c.entry, c.begin + e, o, at); });
+      sum += update_run<1, 1, S>(p, c.entry, valid, normalisers, [&](int o, int64_t (&at)[1]) { p.offsets(c.entry, c.begin + e, o, at); });
   }
   return sum;
 }

@@ -72,9 +72,7 @@ void yardstick_(const Views& written, const Views& read, const Stream& stream) {
   const int64_t stride = 1;
   Views w = written, r = read;
   for (size_t i = 0; i < w.size(); ++i) {
-    const auto words = [](const View& v) {
-      return is_contiguous(v) && v.numel() % 8 == 0 && reinterpret_cast<uintptr_t>(v.data) % 8 == 0;
-    };
+    const auto words = [](const View& v) { return is_contiguous(v) && v.numel() % 8 == 0 && reinterpret_cast<uintptr_t>(v.data) % 8 == 0; };
     if (!words(w[i]) || !words(r[i])) continue;
     sizes[i] = w[i].numel() / 8;
     for (View* v : {&w[i], &r[i]}) *v = {v->data, &sizes[i], &stride, 1, DType::f64, v->device, v->device_index};
@@ -90,9 +88,9 @@ void yardstick_read(const Views& read, uint64_t* folded, const Workspace& worksp
     const int64_t bytes = read[i].numel() * size_of(read[i].dtype), stride = 1;
     const View v{read[i].data, &bytes, &stride, 1, DType::u8, read[i].device, read[i].device_index};
     const View* views[] = {&v};
-    const char* reason = !is_contiguous(read[i])                              ? "is not contiguous"
+    const char* reason = !is_contiguous(read[i])                               ? "is not contiguous"
                          : reinterpret_cast<uintptr_t>(v.data) % kReadRun != 0 ? "is not aligned to 16 bytes"
-                                                                              : list.add(views, kReadRun);
+                                                                               : list.add(views, kReadRun);
     if (reason != nullptr) throw Refusal("read", i, reason);
     chunks += list.chunks_of(list.entries().back());
   }
