@@ -23,6 +23,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--dur
 
 @dataclass
 class Stage:
+    """A command with its time limit."""
+
     name: str
     command: list[str]
     limit: int  # seconds
@@ -31,6 +33,7 @@ class Stage:
 
 
 def sanitizer(tool: str) -> Stage:
+    """One of compute-sanitizer's tools over a script that touches every kernel."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
     # The caching allocator would hide reads past the end of a tensor inside its big blocks.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -38,6 +41,7 @@ def sanitizer(tool: str) -> Stage:
 
 
 def stages() -> list[Stage]:
+    """All of them, in the order in which they matter should the time run out."""
     python = sys.executable
     return [
         Stage("device", ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"], 30),
@@ -77,13 +81,14 @@ def stages() -> list[Stage]:
             {"FASTCL_BACKEND": "triton"},
         ),
         sanitizer("memcheck"),
+        Stage("bench", [python, "bench/compare.py", "--device", "cuda", "--seconds", "1"], 240),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
-        Stage("bench", [python, "bench/compare.py", "--device", "cuda", "--seconds", "1"], 240),
     ]
 
 
 def run(stage: Stage, logs: Path, left: float) -> tuple[str, float, Path]:
+    """The result in words, the seconds it took, and its log."""
     log = logs / f"{stage.name.replace(' ', '_')}.log"
     if stage.needs and shutil.which(stage.needs, path=search_path()) is None:
         log.write_text(f"{stage.needs} was not found\n")
@@ -121,10 +126,12 @@ def run(stage: Stage, logs: Path, left: float) -> tuple[str, float, Path]:
 
 
 def search_path() -> str:
+    """PATH, and where CUDA's tools usually are."""
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"])
 
 
 def why_no_gpu() -> str | None:
+    """Why nothing can run here; None when it can."""
     try:
         import torch
     except ImportError:
@@ -133,6 +140,7 @@ def why_no_gpu() -> str | None:
 
 
 def main() -> int:
+    """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=530, help="seconds for all stages together (default: %(default)s)")
     parser.add_argument("--only", action="append", default=[], help="only stages whose name contains this (may be repeated)")

@@ -17,14 +17,14 @@ using namespace fastcl::cuda;
 
 namespace {
 
-#define CHECK(condition, ...)                                \
-  do {                                                       \
-    if (!(condition)) {                                      \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                              \
-      std::printf("\n");                                     \
-      std::exit(1);                                          \
-    }                                                        \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      std::exit(1);                                               \
+    }                                                             \
   } while (0)
 
 const Pool kSerial{[](int64_t count, int64_t, Pool::Body body, void* context) {
@@ -34,11 +34,16 @@ const Pool kSerial{[](int64_t count, int64_t, Pool::Body body, void* context) {
 struct Tensor {
   std::vector<int64_t> shape, strides;
   DType dtype;
-  int64_t offset;                   // of the first element, in elements
-  std::vector<uint64_t> memory;     // aligned to 16 bytes by malloc
+  int64_t offset;                // of the first element, in elements
+  std::vector<uint64_t> memory;  // aligned to 16 bytes by malloc
   View view(std::vector<uint64_t>& buffer) const {
-    return {reinterpret_cast<char*>(buffer.data()) + offset * size_of(dtype), shape.data(), strides.data(), int32_t(shape.size()), dtype,
-            Device::cuda, 0};
+    return {reinterpret_cast<char*>(buffer.data()) + offset * size_of(dtype),
+            shape.data(),
+            strides.data(),
+            int32_t(shape.size()),
+            dtype,
+            Device::cuda,
+            0};
   }
 };
 
@@ -128,7 +133,8 @@ bool same_values(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b,
     using T = typename decltype(type)::type;
     const T *x = reinterpret_cast<const T*>(a.data()), *y = reinterpret_cast<const T*>(b.data());
     for (size_t e = 0; e < a.size() * 8 / sizeof(T); ++e)
-      if (std::memcmp(x + e, y + e, sizeof(T)) != 0 && (load<double>(x[e]) == load<double>(x[e]) || load<double>(y[e]) == load<double>(y[e])))
+      if (std::memcmp(x + e, y + e, sizeof(T)) != 0 &&
+          (load<double>(x[e]) == load<double>(x[e]) || load<double>(y[e]) == load<double>(y[e])))
         return false;
     return true;
   });
@@ -171,7 +177,8 @@ void pairs() {
           using R = typename decltype(rt)::type;
           compare_pairs<LargePacket, W, R>(w, r, EMax<W, R>{}, [](const Views& a, const Views& b) { cpu::emax_(a, b, kSerial); });
           if constexpr (!std::is_same_v<W, uint8_t>)
-            compare_pairs<TinyPacket, W, R>(w, r, SoftMask<W, R>{0.75}, [](const Views& a, const Views& b) { cpu::soft_mask_(a, b, 0.75, kSerial); });
+            compare_pairs<TinyPacket, W, R>(w, r, SoftMask<W, R>{0.75},
+                                            [](const Views& a, const Views& b) { cpu::soft_mask_(a, b, 0.75, kSerial); });
         });
       });
 }
@@ -235,11 +242,15 @@ void spg() {
             update(float{});
           // Not bitwise: the moments are combined in another order.
           const S *x = reinterpret_cast<const S*>(a.memory.data()), *y = reinterpret_cast<const S*>(copy.data());
-          const double unit = in_double && stored == DType::f64 ? 1e-14 : stored == DType::u8 ? 1.01 / 255 : stored == DType::bf16 ? 1e-2 : stored == DType::f16 ? 1e-3 : 1e-6;
+          const double unit = in_double && stored == DType::f64 ? 1e-14
+                              : stored == DType::u8             ? 1.01 / 255
+                              : stored == DType::bf16           ? 1e-2
+                              : stored == DType::f16            ? 1e-3
+                                                                : 1e-6;
           for (size_t e = 0; e < copy.size() * 8 / sizeof(S); ++e) {
             const double u = load<double>(x[e]), v = load<double>(y[e]);
-            CHECK(std::memcmp(x + e, y + e, sizeof(S)) == 0 || std::fabs(u - v) <= unit * std::max(1.0, std::fabs(v)), "%d %d %s at %zu: %.17g %.17g",
-                  int(stored), int(grad), c.name, e, u, v);
+            CHECK(std::memcmp(x + e, y + e, sizeof(S)) == 0 || std::fabs(u - v) <= unit * std::max(1.0, std::fabs(v)),
+                  "%d %d %s at %zu: %.17g %.17g", int(stored), int(grad), c.name, e, u, v);
           }
           CHECK(std::fabs(sum - mean) <= unit * double(written.numel()) + 1e-9, "%s: sums %.17g %.17g", c.name, sum, mean);
         });
@@ -250,7 +261,9 @@ void spg() {
 // A view without memory behind it.
 struct Fake {
   std::vector<int64_t> shape, strides;
-  View view(DType t = DType::f32) const { return {reinterpret_cast<char*>(uintptr_t(4096)), shape.data(), strides.data(), int32_t(shape.size()), t, Device::cuda, 0}; }
+  View view(DType t = DType::f32) const {
+    return {reinterpret_cast<char*>(uintptr_t(4096)), shape.data(), strides.data(), int32_t(shape.size()), t, Device::cuda, 0};
+  }
 };
 
 template <class P>
@@ -299,7 +312,8 @@ void plan() {
   check_plan<LargePacket>(planned({two31 - 1, two31, two31 + 1, 5, two32 - 1, two32, two32 + 1, 3 * two32 + 17, 1}, chunk), chunk);
   check_plan<LargePacket>(planned(std::vector<int64_t>(10000, 64), chunk), chunk);
   check_plan<SmallPacket>(planned(std::vector<int64_t>(10000, 64), chunk), chunk);
-  CHECK(planned(std::vector<int64_t>(10000, 64), chunk).launches(LargePacket::max_tensors, LargePacket::max_words).size() == 12, "launches");
+  CHECK(planned(std::vector<int64_t>(10000, 64), chunk).launches(LargePacket::max_tensors, LargePacket::max_words).size() == 12,
+        "launches");
   // More chunks than one launch may have: 2^31 - 1 blocks, and a limit so low that it acts.
   check_plan<LargePacket>(planned(std::vector<int64_t>(100, two31 * 1000), chunk), chunk);
   check_plan<LargePacket>(planned(std::vector<int64_t>(50, 10 * chunk), chunk), chunk, 25);
@@ -320,7 +334,8 @@ void plan() {
     int64_t at[2];
     packet->offsets(packet->at[0], e, 0, at);
     const int64_t i = e / (2 * two31), j = e / 2 % two31, k = e % 2;
-    CHECK(at[0] == i * (2 * two31 + 2) + j * 2 + k && at[1] == j, "element %lld is at %lld %lld", (long long)e, (long long)at[0], (long long)at[1]);
+    CHECK(at[0] == i * (2 * two31 + 2) + j * 2 + k && at[1] == j, "element %lld is at %lld %lld", (long long)e, (long long)at[0],
+          (long long)at[1]);
   }
 }
 
@@ -348,11 +363,16 @@ void quotients() {
 
 int main(int argc, char** argv) {
   const std::string name = argc > 1 ? argv[1] : "";
-  if (name == "plan") plan();
-  else if (name == "dimensions") dimensions();
-  else if (name == "quotients") quotients();
-  else if (name == "pairs") pairs();
-  else if (name == "spg") spg();
+  if (name == "plan")
+    plan();
+  else if (name == "dimensions")
+    dimensions();
+  else if (name == "quotients")
+    quotients();
+  else if (name == "pairs")
+    pairs();
+  else if (name == "spg")
+    spg();
   else {
     std::printf("unknown case %s\n", name.c_str());
     return 2;
