@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <deque>
 #include <stdexcept>
 
@@ -16,10 +17,8 @@ namespace py = pybind11;
 namespace fastcl::bind {
 namespace {
 
-// torch's current stream; for an empty list any.
 cuda::Stream current_stream(int32_t device) {
   cuda::Stream stream;
-  if (device < 0) return stream;
   stream.device = device;
   const auto query = torch_runtime().api->current_stream;
   if (query == nullptr) throw std::runtime_error("torch's DLPack exchange API does not tell its current stream");
@@ -35,7 +34,7 @@ class Cuda {
   static constexpr Device kind = Device::cuda;
   static constexpr int32_t device_type = dlpack::kCUDA;
 
-  explicit Cuda(int32_t device) : stream_(current_stream(device)) {}
+  explicit Cuda(int32_t device) : stream_(current_stream(std::max(device, 0))) {}
   void soft_mask_(const Views& grads, const Views& importance, double strength) { cuda::soft_mask_(grads, importance, strength, stream_); }
   void emax_(const Views& importance, const Views& fresh) { cuda::emax_(importance, fresh, stream_); }
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {

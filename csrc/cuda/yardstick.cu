@@ -17,7 +17,7 @@ PairType table(DType t, DType) {
 constexpr int64_t kReadChunk = 1 << 16;  // bytes
 constexpr int kReadRun = 16;
 
-// The 64-bit words of a chunk folded together, and what is left byte by byte, as on the CPU.
+// The 64-bit words of a chunk folded together, and what is left byte by byte.
 FASTCL_HD uint64_t fold_dense(const uint8_t* bytes, int n, int thread) {
   constexpr int U = 4;
   uint64_t folded = 0;
