@@ -27,6 +27,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("cuda") / "host"
     sources = [ROOT / "tests/cuda/host.cpp", ROOT / "csrc/cpu/soft_mask.cpp", ROOT / "csrc/cpu/importance.cpp"]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DFASTCL_NO_CLONES", f"-I{ROOT / 'csrc'}"]
+    # A misaligned vector works on most CPUs and is an error on a GPU.
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     built = _run(compiler, *flags, *sources, "-o", program)
     assert built.returncode == 0, built.stderr
     return program

@@ -104,6 +104,7 @@ std::vector<LayoutCase> layouts(bool broadcasting) {
   out.push_back({"channels last", {2, 16, 9, 20}, {2880, 1, 320, 16}, {2, 16, 9, 20}, {2880, 180, 20, 1}, 0, 0});
   out.push_back({"rows of a wider matrix", {120, 64}, {96, 1}, {120, 64}, {64, 1}, 0, 0});
   out.push_back({"odd rows of a wider matrix", {120, 65}, {97, 1}, {120, 65}, {65, 1}, 1, 0});
+  out.push_back({"rows at odd distances", {120, 64}, {97, 1}, {120, 64}, {64, 1}, 0, 0});
   out.push_back({"every third", {5000}, {3}, {5000}, {1}, 0, 0});
   if (!broadcasting) return out;
   out.push_back({"one value", {9000}, {1}, {}, {}, 0, 0});
