@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
 # The oldest GPU that nvcc 13 still builds comfortably for, Hopper, and PTX for everything newer.
 CUDA_ARCHITECTURES = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
-NVCC_FLAGS = f"-std=c++17 -O3 -fmad=false -cudart static -Xptxas -v {CUDA_ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = f"-std=c++17 -O3 -fmad=false -Xptxas -v {CUDA_ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden"
 
 RULES = """
 rule cxx
@@ -75,7 +75,6 @@ def ninja_file(tools: dict[str, str], targets: dict[str, Path]) -> str:
     include = f"-I{ROOT / 'csrc'} -isystem {tools['pybind11']} -isystem {sysconfig.get_path('include')}"
     lines = [RULES, f"cxx = {tools['cxx']}", f"nvcc = {tools['nvcc']} -ccbin {tools['cxx'].split()[0]}"]
     shared = [ROOT / "csrc/bind/gate.cpp", ROOT / "csrc/bind/torch_runtime.cpp"]
-    cuda_libraries = Path(shutil.which(tools["nvcc"]) or "/").resolve()
     sources = {
         "_C": [*shared, ROOT / "csrc/bind/module_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))],
         "_C_cuda": [*shared, ROOT / "csrc/bind/module_cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))],
@@ -90,16 +89,17 @@ def ninja_file(tools: dict[str, str], targets: dict[str, Path]) -> str:
                 rule, flags = ("nvcc", NVCC_FLAGS) if source.suffix == ".cu" else ("cxx", CXX_FLAGS)
                 lines.append(f"build {name}: {rule} {source}\n  flags = {flags} {include}")
                 known.add(name)
-        libraries = f"{static_cudart(cuda_libraries)} -ldl -lrt -lpthread" if module == "_C_cuda" else ""
+        libraries = static_cudart(tools["nvcc"]) if module == "_C_cuda" else ""
         lines.append(f"build {target}: link {' '.join(objects)}\n  libraries = {libraries}")
     return "\n".join(lines) + "\n"
 
 
-def static_cudart(nvcc: Path) -> str:
-    """The static CUDA runtime beside nvcc, which may be a wrapper script: nvcc itself knows where."""
-    dry = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False).stderr
-    libraries = next((line.split("=", 1)[1] for line in dry.splitlines() if "LIBRARIES=" in line), "")
-    return libraries.replace('"', " ") + " -lcudart_static"
+def static_cudart(nvcc: str) -> str:
+    """What links the static CUDA runtime. Where it lies knows nvcc alone, which may be a wrapper script."""
+    dry = subprocess.run([*nvcc.split(), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    folders = next((line.split("=", 1)[1] for line in dry.splitlines() if "LIBRARIES=" in line), "").replace('"', " ")
+    # Its symbols stay inside: torch brings a CUDA runtime of its own, and neither may answer for the other.
+    return f"{folders} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
 
 
 class NinjaBuild(build_ext):

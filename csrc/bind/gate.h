@@ -30,6 +30,9 @@ class Gate {
   bool contiguous(const char* name, const Views& views);
   bool apart(const Views& written, const std::vector<const Views*>& reads);
 
+  // The index of the tensors' device; -1 before the first tensor.
+  int32_t device_index() const { return device_index_; }
+
   // None if nothing was refused, else the reason.
   pybind11::object verdict() const;
 

@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bind/gate.h"
+#include "bind/gated.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
 
@@ -11,60 +11,19 @@ namespace py = pybind11;
 namespace fastcl::bind {
 namespace {
 
-py::object soft_mask_(const py::object& grads, const py::object& importance, const py::object& strength, bool grad_mode) {
-  Gate gate(Device::cpu, grad_mode);
-  Views g, i;
-  double s = 0;
-  if (gate.take("grads", grads, Access::writes, false, g) && gate.take("importance", importance, Access::reads, true, i) &&
-      gate.take_number("strength", strength, s) && gate.broadcast("importance", i, g) && gate.apart(g, {&i})) {
-    py::gil_scoped_release release;
-    cpu::soft_mask_(g, i, s, torch_pool());
-  }
-  return gate.verdict();
-}
+struct Cpu {
+  static constexpr Device kind = Device::cpu;
+  static constexpr int32_t device_type = dlpack::kCPU;
+  const Pool pool = torch_pool();
 
-py::object emax_(const py::object& importance, const py::object& fresh, bool grad_mode) {
-  Gate gate(Device::cpu, grad_mode);
-  Views i, n;
-  if (gate.take("importance", importance, Access::writes, true, i) && gate.take("new", fresh, Access::reads, true, n) &&
-      gate.broadcast("new", n, i) && gate.apart(i, {&n})) {
-    py::gil_scoped_release release;
-    cpu::emax_(i, n, torch_pool());
+  explicit Cpu(int32_t) {}
+  void soft_mask_(const Views& grads, const Views& importance, double strength) { cpu::soft_mask_(grads, importance, strength, pool); }
+  void emax_(const Views& importance, const Views& fresh) { cpu::emax_(importance, fresh, pool); }
+  void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
+    *mean = cpu::spg_importance_(accumulated, grads_by_head, pool);
   }
-  return gate.verdict();
-}
-
-// Returns the mean as a tensor, or a string.
-py::object spg_importance_(const py::object& accumulated, const py::list& grads_by_head, bool grad_mode) {
-  Gate gate(Device::cpu, grad_mode);
-  Views a;
-  std::vector<Views> heads(py::len(grads_by_head));
-  std::vector<const Views*> reads;
-  bool passed = gate.take("accumulated", accumulated, Access::writes, true, a);
-  for (size_t h = 0; h < heads.size(); ++h) {
-    passed = passed && gate.take("grads_by_head", grads_by_head[h], Access::reads, false, heads[h]) &&
-             gate.same_shapes("grads_by_head", heads[h], a);
-    reads.push_back(&heads[h]);
-  }
-  if (!passed || !gate.apart(a, reads)) return gate.verdict();
-  NewTensor mean(dlpack::kCPU, 0, {dlpack::kFloat, 64, 1}, 1, true);
-  {
-    py::gil_scoped_release release;
-    *mean.data<double>() = cpu::spg_importance_(a, heads, torch_pool());
-  }
-  return mean.to_python();
-}
-
-py::object yardstick_(const py::object& written, const py::object& read) {
-  Gate gate(Device::cpu, false);
-  Views w, r;
-  if (gate.take("written", written, Access::writes, true, w) && gate.take("read", read, Access::reads, true, r) &&
-      gate.same_shapes("read", r, w) && gate.contiguous("written", w) && gate.contiguous("read", r) && gate.apart(w, {&r})) {
-    py::gil_scoped_release release;
-    cpu::yardstick_(w, r, torch_pool());
-  }
-  return gate.verdict();
-}
+  void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
+};
 
 py::object yardstick_read(const py::object& read) {
   Gate gate(Device::cpu, false);
@@ -91,10 +50,11 @@ const char* cpu_capability() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastcl::bind;
   define_connect(m);
-  m.def("soft_mask_", &soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
-  m.def("emax_", &emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
-  m.def("spg_importance_", &spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
-  m.def("yardstick_", &yardstick_, py::arg("written"), py::arg("read"), "written ^= read on uint8 tensors: the same bytes, no arithmetic");
+  m.def("soft_mask_", &Gated<Cpu>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
+  m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
+  m.def("spg_importance_", &Gated<Cpu>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
+        "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");
   m.def("threads", &torch_threads);
   m.def("cpu_capability", &cpu_capability);

@@ -30,22 +30,6 @@ const dlpack::ExchangeAPI* exchange_api(const py::capsule& capsule) {
   return api;
 }
 
-void connect(const py::type& tensor, const py::type& parameter, const py::capsule& api, uintptr_t parallel_for, uintptr_t num_threads) {
-  TorchRuntime next;
-  next.api = exchange_api(api);
-  if (parallel_for == 0 || num_threads == 0) throw std::runtime_error("it does not export its thread pool");
-  const py::object attribute = tensor.attr("requires_grad");
-  if (!PyObject_TypeCheck(attribute.ptr(), &PyGetSetDescr_Type)) throw std::runtime_error("its Tensor.requires_grad is no getter");
-  next.requires_grad = reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;
-  // Kept for ever: the types outlive every call.
-  next.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  next.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
-  next.parallel_for = reinterpret_cast<decltype(next.parallel_for)>(parallel_for);
-  next.num_threads = reinterpret_cast<decltype(next.num_threads)>(num_threads);
-  if (runtime.api == nullptr) pthread_atfork(nullptr, nullptr, [] { pool_is_lost = pool_was_used.load(); });
-  runtime = next;
-}
-
 void run_on_torch(int64_t count, int64_t grain, Pool::Body body, void* context) {
   if (count <= 0) return;
   if (pool_is_lost) return body(0, count, context);
@@ -65,8 +49,24 @@ const TorchRuntime& torch_runtime() {
   return runtime;
 }
 
-void define_connect(py::module_& m) {
-  m.def("connect", &connect, py::arg("tensor"), py::arg("parameter"), py::arg("exchange_api"), py::arg("parallel_for"),
+void connect(const py::type& tensor, const py::type& parameter, const py::capsule& api, uintptr_t parallel_for, uintptr_t num_threads) {
+  TorchRuntime next;
+  next.api = exchange_api(api);
+  if (parallel_for == 0 || num_threads == 0) throw std::runtime_error("it does not export its thread pool");
+  const py::object attribute = tensor.attr("requires_grad");
+  if (!PyObject_TypeCheck(attribute.ptr(), &PyGetSetDescr_Type)) throw std::runtime_error("its Tensor.requires_grad is no getter");
+  next.requires_grad = reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;
+  // Kept for ever: the types outlive every call.
+  next.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  next.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  next.parallel_for = reinterpret_cast<decltype(next.parallel_for)>(parallel_for);
+  next.num_threads = reinterpret_cast<decltype(next.num_threads)>(num_threads);
+  if (runtime.api == nullptr) pthread_atfork(nullptr, nullptr, [] { pool_is_lost = pool_was_used.load(); });
+  runtime = next;
+}
+
+void define_connect(py::module_& m, Connect* function) {
+  m.def("connect", function, py::arg("tensor"), py::arg("parameter"), py::arg("exchange_api"), py::arg("parallel_for"),
         py::arg("num_threads"));
 }
 

@@ -23,7 +23,10 @@ struct TorchRuntime {
 const TorchRuntime& torch_runtime();
 
 // Adds connect(Tensor, Parameter, exchange_api_capsule, parallel_for_address, num_threads_address) to a module.
-void define_connect(pybind11::module_& m);
+using Connect = void(const pybind11::type& tensor, const pybind11::type& parameter, const pybind11::capsule& api, uintptr_t parallel_for,
+                     uintptr_t num_threads);
+Connect connect;
+void define_connect(pybind11::module_& m, Connect* function = &connect);
 
 // torch's own threads.
 Pool torch_pool();

@@ -12,6 +12,15 @@
 #define FASTCL_HD inline
 #endif
 
+// Before a loop whose arrays have to live in a GPU's registers, and before one that would only bloat its code.
+#ifdef __CUDA_ARCH__
+#define FASTCL_UNROLL _Pragma("unroll")
+#define FASTCL_ROLLED _Pragma("unroll 1")
+#else
+#define FASTCL_UNROLL
+#define FASTCL_ROLLED
+#endif
+
 // One binary for every x86-64: the loader picks the widest version that the processor has. The loops stay plain C++, so the results of
 // the versions are bitwise equal (the build forbids contraction into fused multiply-adds).
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__CUDACC__) && \

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,12 @@ struct View {
   }
 };
 using Views = std::vector<View>;
+
+// A call that cannot be served; thrown before anything is written.
+struct Refusal : std::runtime_error {
+  Refusal(const char* argument, size_t index, const char* reason)
+      : std::runtime_error(std::string(argument) + "[" + std::to_string(index) + "] " + reason) {}
+};
 
 // A contiguous view may have any stride where its size is 1.
 inline bool is_contiguous(const View& v) {

@@ -1,6 +1,6 @@
 #include "core/importance.h"
 
-#include "cpu/dtypes.h"
+#include "core/dtypes.h"
 #include "cpu/ops.h"
 #include "cpu/sweep.h"
 

@@ -1,5 +1,6 @@
 #include "core/soft_mask.h"
-#include "cpu/dtypes.h"
+
+#include "core/dtypes.h"
 #include "cpu/ops.h"
 #include "cpu/sweep.h"
 

@@ -3,7 +3,7 @@
 
 #include "core/scalar.h"
 
-namespace fastcl::cpu {
+namespace fastcl {
 
 template <class T>
 struct Type {
@@ -25,4 +25,4 @@ auto with_stored(DType t, F&& f) {
   return t == DType::u8 ? f(Type<uint8_t>{}) : with_floating(t, f);
 }
 
-}  // namespace fastcl::cpu
+}  // namespace fastcl

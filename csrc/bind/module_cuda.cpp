@@ -1,0 +1,102 @@
+// fastcl._C_cuda: the CUDA ops. Every function returns None, or a string that says why the gate refused and that nothing was written.
+// Nothing here waits for the GPU.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <deque>
+#include <stdexcept>
+
+#include "bind/gated.h"
+#include "bind/torch_runtime.h"
+#include "cuda/ops.h"
+
+namespace py = pybind11;
+
+namespace fastcl::bind {
+namespace {
+
+cuda::Stream current_stream(int32_t device) {
+  cuda::Stream stream;
+  stream.device = device;
+  const auto query = torch_runtime().api->current_stream;
+  if (query == nullptr) throw std::runtime_error("torch's DLPack exchange API does not tell its current stream");
+  if (query(dlpack::kCUDA, device, &stream.handle) != 0) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    throw std::runtime_error("torch did not tell its current stream");
+  }
+  return stream;
+}
+
+class Cuda {
+ public:
+  static constexpr Device kind = Device::cuda;
+  static constexpr int32_t device_type = dlpack::kCUDA;
+
+  explicit Cuda(int32_t device) : stream_(current_stream(std::max(device, 0))) {}
+  void soft_mask_(const Views& grads, const Views& importance, double strength) { cuda::soft_mask_(grads, importance, strength, stream_); }
+  void emax_(const Views& importance, const Views& fresh) { cuda::emax_(importance, fresh, stream_); }
+  void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
+    cuda::spg_importance_(accumulated, grads_by_head, mean, workspace(), stream_);
+  }
+  void yardstick_(const Views& written, const Views& read) { cuda::yardstick_(written, read, stream_); }
+  void yardstick_read(const Views& read, uint64_t* folded) { cuda::yardstick_read(read, folded, workspace(), stream_); }
+
+ private:
+  cuda::Stream stream_;
+  // Given back to torch's allocator when the call returns: what runs next on this stream runs after these kernels.
+  std::deque<NewTensor> memory_;
+
+  cuda::Workspace workspace() {
+    return [this](int64_t doubles) {
+      py::gil_scoped_acquire acquire;
+      const int64_t elements = doubles > 0 ? doubles : 1;
+      return memory_.emplace_back(device_type, stream_.device, dlpack::DataType{dlpack::kFloat, 64, 1}, elements, false).data<double>();
+    };
+  }
+};
+
+// The folded words as a 0-d int64 tensor, so that nothing waits.
+py::object yardstick_read(const py::object& read) {
+  Gate gate(Device::cuda, false);
+  Views r;
+  if (!gate.take("read", read, Access::reads, true, r) || !gate.contiguous("read", r)) return gate.verdict();
+  constexpr uint8_t kInt = 0;
+  NewTensor folded(dlpack::kCUDA, std::max(gate.device_index(), 0), {kInt, 64, 1}, 1, true);
+  const py::object refused = Gated<Cuda>::run(gate, [&](Cuda& backend) { backend.yardstick_read(r, folded.data<uint64_t>()); });
+  return refused.is_none() ? folded.to_python() : refused;
+}
+
+py::dict info() {
+  const cuda::Info i = cuda::info();
+  py::dict out;
+  out["runtime"] = i.runtime;
+  out["driver"] = i.driver;
+  out["capabilities"] = i.capabilities;
+  out["built_for"] = i.built_for;
+  out["problem"] = i.problem.empty() ? py::object(py::none()) : py::object(py::str(i.problem));
+  return out;
+}
+
+void connect_where_it_runs(const py::type& tensor, const py::type& parameter, const py::capsule& api, uintptr_t parallel_for,
+                           uintptr_t num_threads) {
+  const std::string problem = cuda::info().problem;
+  if (!problem.empty()) throw std::runtime_error(problem);
+  connect(tensor, parameter, api, parallel_for, num_threads);
+}
+
+}  // namespace
+}  // namespace fastcl::bind
+
+PYBIND11_MODULE(_C_cuda, m) {
+  using namespace fastcl::bind;
+  define_connect(m, &connect_where_it_runs);
+  m.def("soft_mask_", &Gated<Cuda>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
+  m.def("emax_", &Gated<Cuda>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
+  m.def("spg_importance_", &Gated<Cuda>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
+        "written ^= read on uint8 tensors: the same bytes, no arithmetic");
+  m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");
+  m.def("info", &info, "versions as CUDA counts them (13000 is 13.0), and the problem that keeps the kernels from running, or None");
+}

@@ -1,0 +1,54 @@
+// Runs a kernel over a list of tensors: one launch per packet.
+#pragma once
+
+#include "cuda/check.cuh"
+#include "cuda/device.h"
+#include "cuda/sweep.h"
+
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201
+#error "fastcl needs CUDA 12.1 or newer: its kernels take up to 32 KB of parameters"
+#endif
+
+namespace fastcl::cuda {
+
+template <class T>
+struct Same {
+  using type = T;
+};
+
+template <class... Parameters>
+void launch(const char* op, const Stream& stream, int64_t blocks, int threads, void (*kernel)(Parameters...),
+            const typename Same<Parameters>::type&... parameters) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), addresses, 0,
+                         static_cast<cudaStream_t>(stream.handle)),
+        op);
+}
+
+// The two instances of a kernel whose first parameter is a packet.
+template <class... Parameters>
+struct PacketKernel {
+  void (*small)(SmallPacket, Parameters...);
+  void (*large)(LargePacket, Parameters...);
+
+  void run(const char* op, const Stream& stream, const List& list, const Parameters&... parameters) const {
+    for (const List::Launch& part : list.launches(LargePacket::max_tensors, LargePacket::max_words)) {
+      if (part.last - part.first <= size_t(SmallPacket::max_tensors) && part.words <= size_t(SmallPacket::max_words)) {
+        run_part(op, stream, small, list, part, parameters...);
+      } else {
+        run_part(op, stream, large, list, part, parameters...);
+      }
+    }
+  }
+
+ private:
+  template <class P>
+  void run_part(const char* op, const Stream& stream, void (*kernel)(P, Parameters...), const List& list, const List::Launch& part,
+                const Parameters&... parameters) const {
+    P packet;
+    list.fill(part, packet);
+    launch(op, stream, part.chunks, kThreads, kernel, packet, parameters...);
+  }
+};
+
+}  // namespace fastcl::cuda

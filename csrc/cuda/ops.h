@@ -1,0 +1,28 @@
+// The CUDA ops. Their arguments have been checked: shapes fit, dtypes are accepted, one device, no written memory is shared. Each only
+// launches kernels on the given stream. Throws Refusal before anything is written, std::runtime_error when CUDA fails.
+#pragma once
+
+#include <functional>
+
+#include "cuda/device.h"
+#include "cuda/packet.h"
+
+namespace fastcl::cuda {
+
+// Memory from torch's allocator that later work on the same stream may reuse when the call has returned.
+using Workspace = std::function<double*(int64_t doubles)>;
+
+void soft_mask_(const Views& grads, const Views& importance, double strength, const Stream& stream);
+
+void emax_(const Views& importance, const Views& fresh, const Stream& stream);
+
+// Writes the mean of accumulated after the update to device memory; 0 if there is no element.
+void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean, const Workspace& workspace,
+                     const Stream& stream);
+
+// What benchmarks compare with: the same bytes, and nothing computed. written ^= read on uint8 tensors; and a sweep that only reads
+// contiguous tensors, whose words it folds into one.
+void yardstick_(const Views& written, const Views& read, const Stream& stream);
+void yardstick_read(const Views& read, uint64_t* folded, const Workspace& workspace, const Stream& stream);
+
+}  // namespace fastcl::cuda

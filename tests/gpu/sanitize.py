@@ -1,0 +1,68 @@
+"""Every kernel and path once, small: what compute-sanitizer watches. Run by gpu/check.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fastcl import _native, ops, use_backend
+from fastcl.testing import CASES
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STORED = (*FLOATING, torch.uint8)
+SHAPES = [(), (3,), (300, 65), (9001,), (0, 2)]
+
+
+def variants(t: torch.Tensor) -> list[torch.Tensor]:
+    """The same values contiguous, misaligned and, for matrices, transposed."""
+    out = [t.clone(), torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)]
+    return [*out, t.t().contiguous().t()] if t.dim() == 2 else out
+
+
+def pairs() -> None:
+    for op, dtype, stored in itertools.product(("soft_mask_", "emax_"), FLOATING, STORED):
+        written, read, *rest = CASES[op].make(SHAPES, dtype, stored, "cuda", 0)
+        a = [v for t in written for v in variants(t)]
+        b = [v for t in read for v in reversed(variants(t))]
+        CASES[op].call(a, b, *rest)
+        CASES[op].call([w.clone() for w in written if w.dim() == 2], [r[:, :1].clone() for r in read if r.dim() == 2], *rest)
+        CASES[op].call([w.clone() for w in written if w.dim() == 2], [r[:1].clone() for r in read if r.dim() == 2], *rest)
+        CASES[op].call([w[:, :64] for w in written if w.dim() == 2], [r[:1, :64].clone() for r in read if r.dim() == 2], *rest)
+        CASES[op].call([w.clone() for w in written], [r.flatten()[0].clone() if r.numel() else r.sum().to(r.dtype) for r in read], *rest)
+
+
+def spg() -> None:
+    for dtype, stored in itertools.product(FLOATING, STORED):
+        for heads in (0, 1, 9):
+            accumulated, grads = CASES["spg_importance_"].make([*SHAPES, (17000,)], dtype, stored, "cuda", 0, heads=heads)
+            ops.spg_importance_(accumulated, grads)
+            ops.spg_importance_(
+                [v for a in accumulated for v in variants(a)], [[v for g in h for v in reversed(variants(g))] for h in grads]
+            )
+
+
+def many() -> None:
+    for n in (150, 1000):
+        grads = [torch.randn(5, device="cuda") for _ in range(n)]
+        importance = [torch.rand(5, device="cuda") for _ in range(n)]
+        ops.soft_mask_(grads, importance)
+        ops.emax_(importance, grads)
+        ops.spg_importance_(importance, [grads])
+
+
+def yardsticks() -> None:
+    module = _native.module("_C_cuda")
+    for n in (16, 1003, 100_000):
+        a, b = (torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for _ in range(2))
+        for result in (module.yardstick_([a], [b]), module.yardstick_read([a])):
+            if isinstance(result, str):
+                raise SystemExit(f"the yardstick was refused: {result}")
+
+
+if __name__ == "__main__":
+    with use_backend("cuda"):
+        for part in (pairs, spg, many, yardsticks):
+            part()
+            torch.cuda.synchronize()
+            print(part.__name__, "done", flush=True)

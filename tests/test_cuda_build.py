@@ -1,0 +1,164 @@
+"""What can be known about the CUDA library without a GPU: the planner, the arithmetic thread by thread, the compiler's report, the SASS."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_FILES = ("soft_mask", "importance", "importance_spg", "yardstick")
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("cuda") / "host"
+    sources = [ROOT / "tests/cuda/host.cpp", ROOT / "csrc/cpu/soft_mask.cpp", ROOT / "csrc/cpu/importance.cpp"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DFASTCL_NO_CLONES", f"-I{ROOT / 'csrc'}"]
+    # A misaligned vector works on most CPUs and is an error on a GPU.
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    built = _run(compiler, *flags, *sources, "-o", program)
+    assert built.returncode == 0, built.stderr
+    return program
+
+
+@pytest.mark.parametrize("case", ["plan", "dimensions", "quotients", "pairs", "spg"])
+def test_host(host: Path, case: str) -> None:
+    result = _run(host, case)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The library that `make test` built; it is not compiled again here."""
+    found = sorted((ROOT / "fastcl").glob("_C_cuda*.so"))
+    if found:
+        return found[-1]
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is not installed, so fastcl._C_cuda was not built")
+    pytest.fail("nvcc is installed, but fastcl._C_cuda was not built")
+
+
+@pytest.fixture(scope="module")
+def logs(library: Path) -> dict[str, str]:
+    found = {name: sorted((ROOT / "build").glob(f"ninja-*/cuda_{name}.o.log")) for name in KERNEL_FILES}
+    if not all(found.values()):
+        pytest.skip("the library was not built in this checkout, so the compiler's reports are not here")
+    return {name: files[-1].read_text() for name, files in found.items()}
+
+
+def test_no_spills(logs: dict[str, str]) -> None:
+    for name, log in logs.items():
+        reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert len(reports) >= 7, f"{name}: ptxas reported on {len(reports)} kernels"
+        assert set(reports) == {("0", "0", "0")}, f"{name}: a kernel uses local memory: {set(reports)}"
+
+
+def test_registers_leave_room_for_two_blocks(logs: dict[str, str]) -> None:
+    for name, log in logs.items():
+        registers = [int(r) for r in re.findall(r"Used (\d+) registers", log)]
+        assert registers, name
+        assert max(registers) <= 128, f"{name}: {max(registers)} registers"
+
+
+def test_no_undefined_cuda_or_torch_symbols(library: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    undefined = _run("nm", "-D", "--undefined-only", library).stdout
+    assert "Py" in undefined
+    assert not re.findall(r"\bcuda[A-Z]\w*|\bcu[A-Z]\w*|c10|torch|at\d*native", undefined)
+    defined = {line.split()[-1] for line in _run("nm", "-D", "--defined-only", library).stdout.splitlines()}
+    assert "PyInit__C_cuda" in defined
+    assert not any(name.startswith("cuda") for name in defined), "the static CUDA runtime would answer for torch's"
+
+
+def test_module_imports_and_explains_itself(library: Path) -> None:
+    from fastcl import _C_cuda
+
+    info = _C_cuda.info()
+    assert info["runtime"] >= 12010
+    assert info["built_for"]
+    if not info["driver"]:
+        assert "driver" in info["problem"]
+        with pytest.raises(RuntimeError, match="driver"):
+            _C_cuda.connect(object, object, _capsule(), 1, 1)
+
+
+def _capsule() -> object:
+    import torch
+
+    return torch.Tensor.__dlpack_c_exchange_api__
+
+
+def _disassembler() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    bundled = [Path(p) / "backends/nvidia/bin/cuobjdump" for p in (spec.submodule_search_locations or [])] if spec else []
+    return shutil.which("cuobjdump") or next((str(p) for p in bundled if p.exists()), None)
+
+
+def _functions(sass: str) -> Iterator[tuple[str, str]]:
+    for part in sass.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        yield name.strip(), body
+
+
+@pytest.fixture(scope="module")
+def sass(logs: dict[str, str]) -> dict[str, dict[str, str]]:
+    tool = _disassembler()
+    if tool is None:
+        pytest.skip("neither the CUDA toolkit's nor Triton's cuobjdump is installed")
+    out = {}
+    for name in ("soft_mask", "importance", "importance_spg"):
+        built = sorted((ROOT / "build").glob(f"ninja-*/cuda_{name}.o"))[-1]
+        result = _run(tool, "--dump-sass", "-arch", "sm_90", built)
+        if result.returncode != 0 or "Function :" not in result.stdout:
+            pytest.skip(f"cuobjdump does not read the library: {result.stderr.strip()[:200]}")
+        out[name] = dict(_functions(result.stdout))
+    return out
+
+
+def _kernels(functions: dict[str, str], part: str) -> list[str]:
+    found = [body for name, body in functions.items() if part in name]
+    assert found, part
+    return found
+
+
+@pytest.mark.parametrize("family", ["soft_mask", "importance"])
+def test_float_pairs_move_in_vectors(sass: dict[str, dict[str, str]], family: str) -> None:
+    for body in _kernels(sass[family], "pair_kernelIff"):
+        # Four vectors of each tensor are in flight before the first is used.
+        assert re.search(r"(LDG\.E\.128(?:(?!STG|FMUL|FSETP)[\s\S])*){8}", body)
+        assert body.count("STG.E.128") >= 4
+        assert not re.search(r"\b(LDL|STL)\b", body), "local memory"
+
+
+def test_spg_moves_in_vectors(sass: dict[str, dict[str, str]]) -> None:
+    for body in _kernels(sass["importance_spg"], "moments_kernelIf"):
+        assert body.count("LDG.E.128") >= 4
+    for body in _kernels(sass["importance_spg"], "update_kernelIff"):
+        assert "LDG.E.128" in body
+        assert "STG.E.128" in body
+
+
+def test_soft_mask_rounds_every_operation(sass: dict[str, dict[str, str]]) -> None:
+    for body in _kernels(sass["soft_mask"], "pair_kernelIff"):
+        assert "FMUL" in body
+        assert "FFMA" not in body, "a contracted multiply-add rounds once where the definition rounds twice"
+
+
+def test_no_double_precision_where_floats_compute(sass: dict[str, dict[str, str]]) -> None:
+    for family in ("soft_mask", "importance"):
+        for body in _kernels(sass[family], "pair_kernelIff"):
+            assert not re.search(r"\bD(ADD|MUL|FMA)\b", body)
