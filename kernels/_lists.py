@@ -2,14 +2,14 @@
 
 A launch takes its metadata by value, as tuples, so nothing is uploaded and a launch can be captured in a CUDA graph. Triton specialises the
 members of a tuple on being 1, on divisibility by 16 and on needing 64 bits (``do_not_specialize`` does not reach into tuples): every
-model would compile kernels of its own. :func:`_encode` therefore passes ``2 v + bias``, which is never any of these; ``_math.pick`` and
+model would compile kernels of its own. :func:`encode` therefore passes ``2 v + bias``, which is never any of these; ``_math.pick`` and
 ``_math.decode`` undo it. Pointers are specialised on 16-byte alignment, which vector loads need, so a launch holds one pattern of alignment.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,18 +46,33 @@ class Launch(NamedTuple):
     tails: tuple[int, ...]
     sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
-    blocks: int
+    row_blocks: tuple[int, ...]
     constants: dict[str, Any]
+    tag: Any
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program per block."""
+        return (sum(self.row_blocks),)
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """The tuples that every kernel takes first, in order."""
+        """The tuples that a kernel over two lists takes first, in order."""
         return (*self.columns, self.starts, self.tails, self.sizes, *self.strides)
 
+    def per_row(self, values: Sequence[int]) -> tuple[int, ...]:
+        """One integer per member, encoded and padded for ``_math.pick``."""
+        return encode([*values, *values[-1:] * (self.constants["T"] - len(values))])
 
-def _encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
+
+def encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
     bias = WIDE_BIAS if wide else NARROW_BIAS
     return tuple(2 * v + bias for v in values)
+
+
+def padded_capacity(count: int) -> int:
+    """The compiled size that holds ``count`` tensors."""
+    return next(c for c in CAPACITIES if c >= count)
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -122,39 +137,40 @@ def _cut(member: int, row: Sequence[Tensor]) -> Iterator[tuple[int, Sequence[Ten
         yield from _cut(member, part)
 
 
-def launches(*lists: Sequence[Tensor]) -> Iterator[Launch]:
-    """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it."""
+def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None) -> Iterator[Launch]:
+    """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
+
+    Rows with different ``tags`` do not share a launch.
+    """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     for n, row in enumerate(zip(*lists, strict=True)):
         if not row[0].numel():
             continue
         for member, tensors, w in _cut(n, row):
-            key = (tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors), w.kinds, len(w.sizes), _wide(w))
+            kinds = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+            key = (kinds, w.kinds, len(w.sizes), _wide(w), tags[n] if tags else None)
             groups.setdefault(key, []).append((member, tensors, w))
-    for (_, kinds, rank, wide), rows in groups.items():
+    for (_, kinds, rank, wide, tag), rows in groups.items():
         # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB, more than the 4 KB that every GPU accepts as arguments.
         limit = 1 if wide else 8 if rank else CAPACITIES[-1]
         for at in range(0, len(rows), limit):
-            yield _launch(rows[at : at + limit], kinds, rank, wide)
+            yield _launch(rows[at : at + limit], kinds, rank, wide, tag)
 
 
-def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool) -> Launch:
-    capacity = next(c for c in CAPACITIES if c >= len(rows))
+def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any) -> Launch:
+    capacity = padded_capacity(len(rows))
     padded = [*rows, *(rows[-1],) * (capacity - len(rows))]
     block = STRIDED_BLOCK if rank else BLOCK
-    starts = [0]
-    for _, _, w in rows:
-        starts.append(starts[-1] + -(-w.count // block))
-    blocks = starts[-1]
-    starts += [NARROW - 1] * (capacity - len(rows))
+    row_blocks = tuple(-(-w.count // block) for _, _, w in rows)
+    starts = [0, *itertools.accumulate(row_blocks), *[NARROW - 1] * (capacity - len(rows))]
     return Launch(
         members=tuple(member for member, _, _ in rows),
         columns=tuple(zip(*(tensors for _, tensors, _ in padded), strict=True)),
-        starts=_encode(starts),
-        tails=_encode([(w.count - 1) % block + 1 for _, _, w in padded]),
-        sizes=_encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
-        strides=tuple(_encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
-        blocks=blocks,
+        starts=encode(starts),
+        tails=encode([(w.count - 1) % block + 1 for _, _, w in padded]),
+        sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
+        strides=tuple(encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
+        row_blocks=row_blocks,
         constants={
             "KINDS": kinds,
             "T": capacity,
@@ -163,9 +179,6 @@ def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int
             "BLOCK": block,
             "num_warps": 4 if rank else 8,
         },
+        tag=tag,
     )
 
-
-def elements(tensors: Sequence[Tensor]) -> int:
-    """Number of elements of a list."""
-    return sum(math.prod(t.shape) for t in tensors)

@@ -50,8 +50,8 @@ def soft_mask_kernel(
 ) -> None:
     """One block of one gradient: ``g <- g * (1 - strength * I)``."""
     code, block, valid = place(starts, tails, T, BLOCK)
-    g = pick(grads, starts, code, T, 1, 0)
-    i = pick(importance, starts, code, T, 1, 0)
+    g = pick(grads, starts, code, T)
+    i = pick(importance, starts, code, T)
     g_at = address(g, block, code, starts, sizes, g_strides, KINDS[0], T, D, BIAS, BLOCK)
     i_at = address(i, block, code, starts, sizes, i_strides, KINDS[1], T, D, BIAS, BLOCK)
     if valid == BLOCK:
@@ -66,4 +66,4 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
     for launch in launches(grads, importance):
         with on_device(grads[0]):
             # Without contraction: 1 - s * I in one rounding would not be the definition.
-            soft_mask_kernel[(launch.blocks,)](*launch.args, strength, high, low, **launch.constants, enable_fp_fusion=False)
+            soft_mask_kernel[launch.grid](*launch.args, strength, high, low, **launch.constants, enable_fp_fusion=False)
