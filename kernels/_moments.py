@@ -91,23 +91,28 @@ def combine_kernel(
     end = (end - 3) >> 1
     lane = tl.arange(0, CHUNK)
     shift = tl.load(partials + begin.to(tl.int64) * 4 + 1)
+    # while, not range: with numpy >= 2.4 the interpreter of Triton 3.6 cannot iterate over a range whose bounds are tensors.
     count = tl.full((CHUNK,), 0, tl.float64)
     moved = tl.full((CHUNK,), 0, tl.float64)
-    for chunk in range(begin, end, CHUNK):
+    chunk = begin
+    while chunk < end:
         at = partials + (chunk + lane).to(tl.int64) * 4
         exists = chunk + lane < end
         n = tl.load(at, mask=exists, other=0)
         off = (tl.load(at + 1, mask=exists, other=0) - shift) + tl.load(at + 2, mask=exists, other=0)
         count += n
         moved += tl.where(exists, n * off, 0)
+        chunk += CHUNK
     elements = tl.sum(count, 0)
     rest = tl.sum(moved, 0) / elements
     m2 = tl.full((CHUNK,), 0, tl.float64)
-    for chunk in range(begin, end, CHUNK):
+    chunk = begin
+    while chunk < end:
         at = partials + (chunk + lane).to(tl.int64) * 4
         exists = chunk + lane < end
         off = (tl.load(at + 1, mask=exists, other=0) - shift) + (tl.load(at + 2, mask=exists, other=0) - rest)
         m2 += tl.where(exists, tl.load(at + 3, mask=exists, other=0) + tl.load(at, mask=exists, other=0) * off * off, 0)
+        chunk += CHUNK
     std = tl.sqrt(tl.sum(m2, 0) / tl.maximum(elements - 1, 1))
     constant = std == 0
     divisor = tl.where(constant, 1.0, std)

@@ -152,8 +152,10 @@ def mean_kernel(sums: tl.tensor, mean: tl.tensor, blocks: tl.tensor, elements: t
     """The sums of all blocks, in a fixed order, over the number of elements."""
     lane = tl.arange(0, CHUNK)
     total = tl.full((CHUNK,), 0, tl.float64)
-    for chunk in range(0, blocks, CHUNK):
+    chunk = blocks * 0
+    while chunk < blocks:
         total += tl.load(sums + chunk + lane, mask=chunk + lane < blocks, other=0)
+        chunk += CHUNK
     tl.store(mean, tl.sum(total, 0) / elements.to(tl.float64))
 
 
