@@ -21,7 +21,7 @@ STRIDED_BLOCK = 1024  # elements of a program that computes an address per eleme
 CAPACITIES = (1, 8, 64)  # tensors of one launch; shorter lists are padded, so that these are all the sizes that are ever compiled
 MOST_DIMS = 6  # dims of one strided walk; what has more is cut along its first dim
 RANKS = (2, 3, MOST_DIMS)
-NARROW = 1 << 30  # what fits the encoding in 32 bits
+NARROW = (1 << 30) - 1  # what is smaller is encoded in 32 bits
 NARROW_BIAS = 3
 WIDE_BIAS = (1 << 40) + 1  # keeps every encoded value in 64 bits
 

@@ -57,24 +57,26 @@ def address(
     """Pointers to the elements of a block; one pointer if the tensor holds one value for all of them."""
     lane = tl.arange(0, BLOCK)
     if KIND == _SCALAR:
-        return pointer
-    if KIND == _FLAT:
-        return pointer + block.to(tl.int64) * BLOCK + lane
-    if BIAS == 3:
-        # 32-bit arithmetic: a 64-bit division per element and dim would cost more than the memory traffic.
-        index = block * BLOCK + lane
+        at = pointer
+    elif KIND == _FLAT:
+        at = pointer + block.to(tl.int64) * BLOCK + lane
     else:
-        index = block.to(tl.int64) * BLOCK + lane
-    offset = index * 0
-    for back in tl.static_range(D):
-        stride = (pick(strides, starts, code, T, D, COLUMN * T * D + D - 1 - back) - BIAS) >> 1
-        if back == D - 1:
-            offset += index * stride
+        if BIAS == 3:
+            # 32-bit arithmetic: a 64-bit division per element and dim would cost more than the memory traffic.
+            index = block * BLOCK + lane
         else:
-            size = (pick(sizes, starts, code, T, D, D - 1 - back) - BIAS) >> 1
-            offset += index % size * stride
-            index = index // size
-    return pointer + offset
+            index = block.to(tl.int64) * BLOCK + lane
+        offset = index * 0
+        for back in tl.static_range(D):
+            stride = (pick(strides, starts, code, T, D, COLUMN * T * D + D - 1 - back) - BIAS) >> 1
+            if back == D - 1:
+                offset += index * stride
+            else:
+                size = (pick(sizes, starts, code, T, D, D - 1 - back) - BIAS) >> 1
+                offset += index % size * stride
+                index = index // size
+        at = pointer + offset
+    return at
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -154,7 +154,7 @@ def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, 
             bases.append(cursor[member])
             cursor[member] += n
         dtype = tl.float64 if launch.tag else tl.float32
-        moments_kernel[launch.grid](*launch.args, launch.per_row(bases), partials, DTYPE=dtype, **launch.constants)
+        moments_kernel[launch.grid](*launch.args, launch.per_row(bases), partials, DTYPE=dtype, **launch.constants, enable_fp_fusion=True)
     singles = torch.empty(4 * len(tensors), dtype=torch.float32, device=device)
     doubles = torch.empty(4 * len(tensors), dtype=torch.float64, device=device)
     for at in range(0, len(tensors), CAPACITIES[-1]):
@@ -162,5 +162,5 @@ def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, 
         count = len(part) - 1
         capacity = padded_capacity(count)
         begins = encode([*part, *part[-1:] * (capacity - count)])
-        combine_kernel[(count,)](partials, begins, singles, doubles, at, T=capacity, CHUNK=_CHUNK)
+        combine_kernel[(count,)](partials, begins, singles, doubles, at, T=capacity, CHUNK=_CHUNK, enable_fp_fusion=True)
     return singles, doubles

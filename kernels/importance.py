@@ -205,8 +205,9 @@ def _sweep(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]) -> Tenso
             len(stored),
             HEADS=len(heads),
             **launch.constants,
+            enable_fp_fusion=True,
         )
         first += sum(launch.row_blocks)
     mean = torch.empty((), dtype=torch.float64, device=device)
-    mean_kernel[(1,)](sums, mean, blocks, sum(t.numel() for t in stored), CHUNK=_CHUNK)
+    mean_kernel[(1,)](sums, mean, blocks, sum(t.numel() for t in stored), CHUNK=_CHUNK, enable_fp_fusion=True)
     return mean
