@@ -1,9 +1,9 @@
 """Groups lists of tensors into launches: which tensors share one, and how each is walked through.
 
-A launch takes its metadata by value, as tuples, so nothing is uploaded and a launch can be captured in a CUDA graph. Triton specialises the
-members of a tuple on being 1, on divisibility by 16 and on needing 64 bits (``do_not_specialize`` does not reach into tuples): every
-model would compile kernels of its own. :func:`encode` therefore passes ``2 v + bias``, which is never any of these; ``_math.pick`` and
-``_math.decode`` undo it. Pointers are specialised on 16-byte alignment, which vector loads need, so a launch holds one pattern of alignment.
+A launch takes its metadata by value, as tuples, so nothing is uploaded and a launch can be captured in a CUDA graph. Triton specialises
+the members of a tuple on being 1, on divisibility by 16 and on needing 64 bits (``do_not_specialize`` does not reach into tuples): every
+model would compile kernels of its own. :func:`encode` therefore passes ``2 v + bias``, which is never any of these; ``_math`` undoes it.
+Pointers are specialised on 16-byte alignment, which vector loads need, so a launch holds one pattern of alignment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLAT, SCALAR, STRIDED = 0, 1, 2
 class Walk(NamedTuple):
     """How the elements of one row of tensors are visited: sizes, and per column its kind and strides; no sizes if all are in order."""
 
-    count: int
+    elements: int
     kinds: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     strides: tuple[tuple[int, ...], ...] = ()
@@ -124,7 +124,7 @@ def walk(row: Sequence[Tensor]) -> Walk:
 
 def _wide(w: Walk) -> bool:
     reach = [sum((n - 1) * s for n, s in zip(w.sizes, strides, strict=True)) for strides in w.strides]
-    return max(w.count, *w.sizes, *reach, *(s for strides in w.strides for s in strides)) >= NARROW if w.sizes else False
+    return max(w.elements, *w.sizes, *reach, *(s for strides in w.strides for s in strides)) >= NARROW if w.sizes else False
 
 
 def _cut(member: int, row: Sequence[Tensor]) -> Iterator[tuple[int, Sequence[Tensor], Walk]]:
@@ -161,13 +161,13 @@ def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int
     capacity = padded_capacity(len(rows))
     padded = [*rows, *(rows[-1],) * (capacity - len(rows))]
     block = STRIDED_BLOCK if rank else BLOCK
-    row_blocks = tuple(-(-w.count // block) for _, _, w in rows)
+    row_blocks = tuple(-(-w.elements // block) for _, _, w in rows)
     starts = [0, *itertools.accumulate(row_blocks), *[NARROW - 1] * (capacity - len(rows))]
     return Launch(
         members=tuple(member for member, _, _ in rows),
         columns=tuple(zip(*(tensors for _, tensors, _ in padded), strict=True)),
         starts=encode(starts),
-        tails=encode([(w.count - 1) % block + 1 for _, _, w in padded]),
+        tails=encode([(w.elements - 1) % block + 1 for _, _, w in padded]),
         sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
         strides=tuple(encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
         row_blocks=row_blocks,
@@ -181,4 +181,3 @@ def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int
         },
         tag=tag,
     )
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import triton
 import triton.language as tl
 
@@ -12,8 +11,8 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _FLAT = tl.constexpr(0)
 _SCALAR = tl.constexpr(1)
 
-# 1/255 in two floats. The first has 9 bits, so its product with a code is exact, and the sum rounds once: codes -1 .. 256 divided by 255 come
-# out as IEEE division gives them (the tests compare all of them), without the slow path of div.rn.
+# 1/255 in two floats. The first has 9 bits, so its product with a code is exact, and the sum rounds once: codes -1 .. 256 divided by 255
+# come out as IEEE division gives them (the tests compare all of them), without the slow path of div.rn.
 _HIGH_255TH = tl.constexpr(257 / 65536)
 _LOW_255TH = tl.constexpr(1 / 255 - 257 / 65536)
 
@@ -61,11 +60,8 @@ def address(
     elif KIND == _FLAT:
         at = pointer + block.to(tl.int64) * BLOCK + lane
     else:
-        if BIAS == 3:
-            # 32-bit arithmetic: a 64-bit division per element and dim would cost more than the memory traffic.
-            index = block * BLOCK + lane
-        else:
-            index = block.to(tl.int64) * BLOCK + lane
+        # 32-bit arithmetic wherever it suffices: a 64-bit division per element and dim would cost more than the memory traffic.
+        index = (block if BIAS == 3 else block.to(tl.int64)) * BLOCK + lane
         offset = index * 0
         for back in tl.static_range(D):
             stride = (pick(strides, starts, code, T, D, COLUMN * T * D + D - 1 - back) - BIAS) >> 1
@@ -114,9 +110,9 @@ def decode(stored: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def encode(value: tl.tensor, STORED: tl.constexpr) -> tl.tensor:
+def encode(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Round to the stored dtype: to nearest even; uint8 up, by the rule of fastcl.reference._storage."""
-    if STORED == tl.uint8:
+    if dtype == tl.uint8:
         # NaN fails every comparison and is set in the end; clamping is written out, so that nothing depends on how a max treats NaN.
         clamped = tl.where(value > 0, tl.where(value < 1, value, 1.0), 0.0)
         code = tl.ceil(clamped * 255)
@@ -125,19 +121,19 @@ def encode(value: tl.tensor, STORED: tl.constexpr) -> tl.tensor:
         code = tl.where(code > 0, tl.where(code < 255, code, 255.0), 0.0)
         # NaN would be converted to an arbitrary integer.
         return tl.where(value != value, 255.0, code).to(tl.int32).to(tl.uint8)
-    if value.dtype == tl.float64 and STORED != tl.float64:
+    if value.dtype == tl.float64 and dtype != tl.float64:
         # torch goes through float32 to the 16-bit dtypes, and so does the definition.
-        return _to_half(value.to(tl.float32), STORED)
-    return _to_half(value, STORED)
+        return _to_half(value.to(tl.float32), dtype)
+    return _to_half(value, dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _to_half(value: tl.tensor, STORED: tl.constexpr) -> tl.tensor:
-    if STORED == tl.bfloat16 and _INTERPRETED:
+def _to_half(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    if dtype == tl.bfloat16 and _INTERPRETED:
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value != value, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.uint32)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(STORED)
+    return value.to(dtype)
 
 
 @triton.constexpr_function  # type: ignore[untyped-decorator]

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastcl.kernels._lists import CAPACITIES, encode, launches, padded_capacity
 from fastcl.kernels._math import address, pick, place, read
+from torch import Tensor
 
 _CHUNK = 1024  # partial results that one step of the combining program takes
 
@@ -135,8 +134,9 @@ def combine_kernel(
 
 
 def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """What standardises each non-empty tensor, ``((x * s - high) - low) * inverse``: rows ``[s, high, low, inverse]``, in float32 and float64.
+    """What standardises each non-empty tensor: rows ``[s, high, low, inverse]`` for ``((x * s - high) - low) * inverse``.
 
+    The first result is in float32, the second in float64.
     ``double`` says which tensors are worked on in float64.
     """
     device = tensors[0].device

@@ -7,27 +7,34 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastcl.kernels._lists import launches, on_device
 from fastcl.kernels._math import address, decode, encode, pick, place, precision, read, write
+from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scale(
-    g_at: tl.tensor, i_at: tl.tensor, valid: tl.tensor, strength: tl.tensor, high: tl.tensor, low: tl.tensor, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+    g_at: tl.tensor,
+    i_at: tl.tensor,
+    valid: tl.tensor,
+    strength: tl.tensor,
+    high: tl.tensor,
+    low: tl.tensor,
+    KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     grad = read(g_at, valid, 0, MASKED, BLOCK)
     stored = read(i_at, valid, KIND, MASKED, BLOCK)
-    DTYPE: tl.constexpr = precision(grad.dtype, stored.dtype)
-    if DTYPE == tl.float64:
+    dtype: tl.constexpr = precision(grad.dtype, stored.dtype)
+    if dtype == tl.float64:
         # Triton passes Python's floats as float32; the bits of the double arrive as two integers.
         bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
         factor = bits.to(tl.float64, bitcast=True)
     else:
         factor = tl.cast(strength, tl.float32)
-    free = 1 - factor * decode(stored, DTYPE)
-    write(g_at, encode(grad.to(DTYPE) * free, grad.dtype), valid, MASKED, BLOCK)
+    free = 1 - factor * decode(stored, dtype)
+    write(g_at, encode(grad.to(dtype) * free, grad.dtype), valid, MASKED, BLOCK)
 
 
 @triton.jit(do_not_specialize=["strength", "high", "low"])  # type: ignore[untyped-decorator]

@@ -15,7 +15,16 @@ TESTS = Path(__file__).parent
 def test_the_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTCL_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     # From within tests/: with the checkout's root as working directory, its folder fastcl, which has no kernels, would be imported.
-    command = [sys.executable, "-m", "pytest", "-c", str(TESTS.parent / "pyproject.toml"), "-p", "no:cacheprovider", "triton_interpreted.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(TESTS.parent / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+        "triton_interpreted.py",
+    ]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)

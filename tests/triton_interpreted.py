@@ -202,7 +202,8 @@ def test_uint8_codes(dtype: torch.dtype) -> None:
     decoded = [torch.zeros(256, dtype=dtype)]
     ops.emax_(decoded, [codes])
     same(decoded, [exact])
-    for value in (exact, torch.nextafter(exact, torch.tensor(2.0, dtype=dtype)), torch.nextafter(exact, torch.tensor(-1.0, dtype=dtype)), -exact):
+    above, below = (torch.nextafter(exact, torch.tensor(end, dtype=dtype)) for end in (2.0, -1.0))
+    for value in (exact, above, below, -exact):
         both("emax_", [torch.zeros(256, dtype=torch.uint8)], [value])
     back = [codes.clone()]
     ops.emax_(back, [exact])
