@@ -156,6 +156,14 @@ def test_offsets_of_flat_walks_are_64_bit(launches: list[Any]) -> None:
     assert not re.search(rf"arith\.muli .*%c{_lists.BLOCK}_i32", ttir)
 
 
+def test_offsets_of_wide_strided_walks_are_64_bit(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lists, "_wide", lambda w: bool(w.sizes))
+    run("soft_mask_", F32, F32, small=(60, 1))
+    ttir = compiled(launches[0], "sm_90")["ttir"]
+    assert f"%c{_lists.STRIDED_BLOCK}_i64" in ttir
+    assert not re.search(rf"arith\.muli .*%c{_lists.STRIDED_BLOCK}_i32", ttir)
+
+
 @pytest.mark.parametrize(("dtype", "stored"), [(F32, F32), (BF16, U8), (F64, F64)], ids=str)
 @pytest.mark.parametrize("op", ["soft_mask_", "emax_", "spg_importance_"])
 def test_amd_compiles(op: str, dtype: torch.dtype, stored: torch.dtype, launches: list[Any]) -> None:

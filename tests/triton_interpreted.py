@@ -261,6 +261,16 @@ def test_spg_on_awkward_gradients(name: str) -> None:
         assert not ours[0].any()
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_constant_tensors_are_of_no_importance(dtype: torch.dtype) -> None:
+    # Lengths and values whose sums round, so that a mean by plain summation would miss the value.
+    tensors = [torch.full((n,), v).to(dtype) for n in (3, 613, 5003) for v in (0.1, 1 / 3, -7.7, 1e-3, 60000.0)]
+    ours = [torch.zeros(t.shape) for t in tensors]
+    mean = ops.spg_importance_(ours, [tensors])
+    assert not any(a.any() for a in ours)
+    assert float(mean) == 0
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored", "heads"),
     [*((d, s, 2) for d in FLOATING for s in STORED), *((torch.float32, torch.float32, h) for h in (0, 1, 5))],
