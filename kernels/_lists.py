@@ -112,8 +112,6 @@ def walk(row: Sequence[Tensor]) -> Walk:
     """How to visit a row of tensors that broadcast to the first one."""
     first = row[0]
     count = first.numel()
-    if all(t.shape == first.shape and t.is_contiguous() for t in row):
-        return Walk(count, (FLAT,) * len(row))
     sizes, strides = _coalesced(row)
     kinds = tuple(FLAT if _in_order(sizes, s) else SCALAR if not any(s) else STRIDED for s in strides)
     if STRIDED not in kinds:
@@ -137,18 +135,36 @@ def _cut(member: int, row: Sequence[Tensor]) -> Iterator[tuple[int, Sequence[Ten
         yield from _cut(member, part)
 
 
+def _memory(row: Sequence[Tensor]) -> Any:
+    if len(row) == 2:
+        a, b = row
+        return a.dtype, a.data_ptr() % 16 == 0, b.dtype, b.data_ptr() % 16 == 0
+    return tuple((t.dtype, t.data_ptr() % 16 == 0) for t in row)
+
+
 def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None) -> Iterator[Launch]:
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
     Rows with different ``tags`` do not share a launch.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
+    in_order = (FLAT,) * len(lists)
     for n, row in enumerate(zip(*lists, strict=True)):
-        if not row[0].numel():
+        elements = row[0].numel()
+        if not elements:
+            continue
+        tag = tags[n] if tags else None
+        shape = row[0].shape
+        # The common case first and without detours: this loop is what a list of thousands of tensors costs.
+        for t in row:
+            if t.shape != shape or not t.is_contiguous():
+                break
+        else:
+            key = (_memory(row), in_order, 0, False, tag)
+            groups.setdefault(key, []).append((n, row, Walk(elements, in_order)))
             continue
         for member, tensors, w in _cut(n, row):
-            kinds = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
-            key = (kinds, w.kinds, len(w.sizes), _wide(w), tags[n] if tags else None)
+            key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag)
             groups.setdefault(key, []).append((member, tensors, w))
     for (_, kinds, rank, wide, tag), rows in groups.items():
         # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB, more than the 4 KB that every GPU accepts as arguments.
