@@ -1,0 +1,199 @@
+"""Groups lists of tensors into launches: which tensors share one, and how each is walked through.
+
+A launch takes its metadata by value, as tuples, so nothing is uploaded and a launch can be captured in a CUDA graph. Triton specialises
+the members of a tuple on being 1, on divisibility by 16 and on needing 64 bits (``do_not_specialize`` does not reach into tuples): every
+model would compile kernels of its own. :func:`encode` therefore passes ``2 v + bias``, which is never any of these; ``_math`` undoes it.
+Pointers are specialised on 16-byte alignment, which vector loads need, so a launch holds one pattern of alignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # elements of a program that walks through memory in order: 8 warps of 16 fp32 elements per thread
+STRIDED_BLOCK = 1024  # elements of a program that computes an address per element: fewer, because it holds addresses in registers
+CAPACITIES = (1, 8, 64)  # tensors of one launch; shorter lists are padded, so that these are all the sizes that are ever compiled
+MOST_DIMS = 6  # dims of one strided walk; what has more is cut along its first dim
+RANKS = (2, 3, MOST_DIMS)
+NARROW = (1 << 30) - 1  # what is smaller is encoded in 32 bits
+NARROW_BIAS = 3
+WIDE_BIAS = (1 << 40) + 1  # keeps every encoded value in 64 bits
+
+FLAT, SCALAR, STRIDED = 0, 1, 2
+
+
+class Walk(NamedTuple):
+    """How the elements of one row of tensors are visited: sizes, and per column its kind and strides; no sizes if all are in order."""
+
+    elements: int
+    kinds: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+    strides: tuple[tuple[int, ...], ...] = ()
+
+
+class Launch(NamedTuple):
+    """The arguments of one launch. ``columns[c]`` holds the tensors of list ``c``; ``members`` are their places in the lists."""
+
+    members: tuple[int, ...]
+    columns: tuple[tuple[Tensor, ...], ...]
+    starts: tuple[int, ...]
+    tails: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    row_blocks: tuple[int, ...]
+    constants: dict[str, Any]
+    tag: Any
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program per block."""
+        return (sum(self.row_blocks),)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The tuples that a kernel over two lists takes first, in order."""
+        return (*self.columns, self.starts, self.tails, self.sizes, *self.strides)
+
+    def per_row(self, values: Sequence[int]) -> tuple[int, ...]:
+        """One integer per member, encoded and padded for ``_math.pick``."""
+        return encode([*values, *values[-1:] * (self.constants["T"] - len(values))])
+
+
+def encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
+    bias = WIDE_BIAS if wide else NARROW_BIAS
+    return tuple(2 * v + bias for v in values)
+
+
+def padded_capacity(count: int) -> int:
+    """The compiled size that holds ``count`` tensors."""
+    return next(c for c in CAPACITIES if c >= count)
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; this makes it the one of ``t``."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def _coalesced(row: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and strides of a row, the first tensor's order of memory deciding the order of dims, merged where all tensors allow it."""
+    shape = row[0].shape
+    strides = [t.stride() if t.shape == shape else t.expand(shape).stride() for t in row]
+    dims = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: tuple(-s[d] for s in strides))
+    sizes: list[int] = []
+    merged: list[list[int]] = [[] for _ in row]
+    for d in dims:
+        if sizes and all(m[-1] == s[d] * shape[d] for m, s in zip(merged, strides, strict=True)):
+            sizes[-1] *= shape[d]
+            for m, s in zip(merged, strides, strict=True):
+                m[-1] = s[d]
+            continue
+        sizes.append(shape[d])
+        for m, s in zip(merged, strides, strict=True):
+            m.append(s[d])
+    return sizes, merged
+
+
+def _in_order(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def walk(row: Sequence[Tensor]) -> Walk:
+    """How to visit a row of tensors that broadcast to the first one."""
+    first = row[0]
+    count = first.numel()
+    sizes, strides = _coalesced(row)
+    kinds = tuple(FLAT if _in_order(sizes, s) else SCALAR if not any(s) else STRIDED for s in strides)
+    if STRIDED not in kinds:
+        return Walk(count, kinds)
+    pad = min((r for r in RANKS if r >= len(sizes)), default=len(sizes)) - len(sizes)
+    return Walk(count, kinds, (*(1,) * pad, *sizes), tuple((*(0,) * pad, *s) for s in strides))
+
+
+def _wide(w: Walk) -> bool:
+    reach = [sum((n - 1) * s for n, s in zip(w.sizes, strides, strict=True)) for strides in w.strides]
+    return max(w.elements, *w.sizes, *reach, *(s for strides in w.strides for s in strides)) >= NARROW if w.sizes else False
+
+
+def _cut(member: int, row: Sequence[Tensor]) -> Iterator[tuple[int, Sequence[Tensor], Walk]]:
+    w = walk(row)
+    if len(w.sizes) <= MOST_DIMS:
+        yield member, row, w
+        return
+    shape = row[0].shape
+    for part in zip(*(t.expand(shape).unbind(0) for t in row), strict=True):
+        yield from _cut(member, part)
+
+
+def _memory(row: Sequence[Tensor]) -> Any:
+    if len(row) == 2:
+        a, b = row
+        return a.dtype, a.data_ptr() % 16 == 0, b.dtype, b.data_ptr() % 16 == 0
+    return tuple((t.dtype, t.data_ptr() % 16 == 0) for t in row)
+
+
+def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None) -> Iterator[Launch]:
+    """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
+
+    Rows with different ``tags`` do not share a launch.
+    """
+    groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
+    in_order = (FLAT,) * len(lists)
+    for n, row in enumerate(zip(*lists, strict=True)):
+        elements = row[0].numel()
+        if not elements:
+            continue
+        tag = tags[n] if tags else None
+        shape = row[0].shape
+        # The common case first and without detours: this loop is what a list of thousands of tensors costs.
+        for t in row:
+            if t.shape != shape or not t.is_contiguous():
+                break
+        else:
+            key = (_memory(row), in_order, 0, False, tag)
+            groups.setdefault(key, []).append((n, row, Walk(elements, in_order)))
+            continue
+        for member, tensors, w in _cut(n, row):
+            key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag)
+            groups.setdefault(key, []).append((member, tensors, w))
+    for (_, kinds, rank, wide, tag), rows in groups.items():
+        # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB, more than the 4 KB that every GPU accepts as arguments.
+        limit = 1 if wide else 8 if rank else CAPACITIES[-1]
+        for at in range(0, len(rows), limit):
+            yield _launch(rows[at : at + limit], kinds, rank, wide, tag)
+
+
+def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any) -> Launch:
+    capacity = padded_capacity(len(rows))
+    padded = [*rows, *(rows[-1],) * (capacity - len(rows))]
+    block = STRIDED_BLOCK if rank else BLOCK
+    row_blocks = tuple(-(-w.elements // block) for _, _, w in rows)
+    starts = [0, *itertools.accumulate(row_blocks), *[NARROW - 1] * (capacity - len(rows))]
+    return Launch(
+        members=tuple(member for member, _, _ in rows),
+        columns=tuple(zip(*(tensors for _, tensors, _ in padded), strict=True)),
+        starts=encode(starts),
+        tails=encode([(w.elements - 1) % block + 1 for _, _, w in padded]),
+        sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
+        strides=tuple(encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
+        row_blocks=row_blocks,
+        constants={
+            "KINDS": kinds,
+            "T": capacity,
+            "D": rank,
+            "BIAS": WIDE_BIAS if wide else NARROW_BIAS,
+            "BLOCK": block,
+            "num_warps": 4 if rank else 8,
+        },
+        tag=tag,
+    )

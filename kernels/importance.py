@@ -1,0 +1,212 @@
+"""Accumulated importance on Triton; the definition is fastcl.reference.importance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from fastcl.kernels._lists import launches, on_device
+from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, write
+from fastcl.kernels._moments import moments
+from torch import Tensor
+
+_HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
+_CHUNK = 1024  # partial sums that one step of the last program takes
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _larger(i_at: tl.tensor, n_at: tl.tensor, valid: tl.tensor, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    old = read(i_at, valid, 0, MASKED, BLOCK)
+    new = read(n_at, valid, KIND, MASKED, BLOCK)
+    if old.dtype == tl.uint8 and new.dtype == tl.uint8:
+        # Codes order as what they stand for, and encoding gives a decoded code back.
+        write(i_at, tl.maximum(old, new), valid, MASKED, BLOCK)
+    else:
+        DTYPE: tl.constexpr = precision(old.dtype, new.dtype)
+        write(i_at, encode(maximum(decode(old, DTYPE), decode(new, DTYPE)), old.dtype), valid, MASKED, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def emax_kernel(
+    importance: tl.tuple,
+    new: tl.tuple,
+    starts: tl.tuple,
+    tails: tl.tuple,
+    sizes: tl.tuple,
+    i_strides: tl.tuple,
+    n_strides: tl.tuple,
+    KINDS: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One block of one tensor: ``I <- max(I, new)``."""
+    code, block, valid = place(starts, tails, T, BLOCK)
+    i_at = address(pick(importance, starts, code, T), block, code, starts, sizes, i_strides, KINDS[0], T, D, BIAS, BLOCK)
+    n_at = address(pick(new, starts, code, T), block, code, starts, sizes, n_strides, KINDS[1], T, D, BIAS, BLOCK)
+    if valid == BLOCK:
+        _larger(i_at, n_at, valid, KINDS[1], False, BLOCK)
+    else:
+        _larger(i_at, n_at, valid, KINDS[1], True, BLOCK)
+
+
+def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """``I <- max(I, new)``; see :func:`fastcl.ops.emax_`."""
+    for launch in launches(importance, new):
+        with on_device(importance[0]):
+            # Without contraction, as soft_mask_: the code of a stored uint8 must come back unchanged.
+            emax_kernel[launch.grid](*launch.args, **launch.constants, enable_fp_fusion=False)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _accumulate(
+    a_at: tl.tensor,
+    grads: tl.tuple,
+    starts: tl.tuple,
+    sizes: tl.tuple,
+    strides: tl.tuple,
+    statistics: tl.tensor,
+    sum_at: tl.tensor,
+    block: tl.tensor,
+    code: tl.tensor,
+    member: tl.tensor,
+    valid: tl.tensor,
+    count: tl.tensor,
+    HEADS: tl.constexpr,
+    KINDS: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    DTYPE: tl.constexpr = statistics.dtype.element_ty
+    stored = read(a_at, valid, KINDS[0], MASKED, BLOCK)
+    if HEADS:
+        largest = decode(stored, DTYPE)
+        for h in tl.static_range(HEADS):
+            g = pick(grads, starts, code, T, 1, h * T)
+            g_at = address(g, block, code, starts, sizes, strides, KINDS[h + 1], T, D, BIAS, BLOCK, h)
+            x = read(g_at, valid, KINDS[h + 1], MASKED, BLOCK).to(DTYPE)
+            row = statistics + (h * count + member).to(tl.int64) * 4
+            z = ((x * tl.load(row) - tl.load(row + 1)) - tl.load(row + 2)) * tl.load(row + 3)
+            largest = maximum(largest, tanh_abs(z))
+        stored = encode(largest, stored.dtype)
+        write(a_at, stored, valid, MASKED, BLOCK)
+    exists = tl.arange(0, BLOCK) < valid
+    if stored.dtype == tl.uint8:
+        # At most 4096 codes: their sum is exact in 32 bits.
+        total = tl.sum(tl.where(exists, stored.to(tl.int32), 0), 0).to(tl.float64) / 255
+    else:
+        # The only float64 of this sweep, one addition per element: the mean of 10^9 values is as good as that of 10.
+        total = tl.sum(tl.where(exists, stored.to(tl.float64), 0.0), 0)
+    tl.store(sum_at, total)
+
+
+@triton.jit(do_not_specialize=["first", "count"])  # type: ignore[untyped-decorator]
+def spg_kernel(
+    accumulated: tl.tuple,
+    grads: tl.tuple,
+    starts: tl.tuple,
+    tails: tl.tuple,
+    sizes: tl.tuple,
+    a_strides: tl.tuple,
+    g_strides: tl.tuple,
+    members: tl.tuple,
+    statistics: tl.tensor,
+    sums: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    HEADS: tl.constexpr,
+    KINDS: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One block of one tensor: ``a <- max(a, |tanh z| of every head)``, and the sum of what was stored.
+
+    ``grads`` and ``g_strides`` hold one head after the other. ``statistics`` has ``count`` rows per head, ``sums`` one place per block of
+    the whole list, of which this launch owns those from ``first``.
+    """
+    code, block, valid = place(starts, tails, T, BLOCK)
+    member = (pick(members, starts, code, T) - 3) >> 1
+    a_at = address(pick(accumulated, starts, code, T), block, code, starts, sizes, a_strides, KINDS[0], T, D, BIAS, BLOCK)
+    sum_at = sums + (first + tl.program_id(0)).to(tl.int64)
+    # fmt: off
+    if valid == BLOCK:
+        _accumulate(a_at, grads, starts, sizes, g_strides, statistics, sum_at, block, code, member, valid, count,
+                    HEADS, KINDS, T, D, BIAS, BLOCK, False)
+    else:
+        _accumulate(a_at, grads, starts, sizes, g_strides, statistics, sum_at, block, code, member, valid, count,
+                    HEADS, KINDS, T, D, BIAS, BLOCK, True)
+    # fmt: on
+
+
+@triton.jit(do_not_specialize=["blocks", "elements"])  # type: ignore[untyped-decorator]
+def mean_kernel(sums: tl.tensor, mean: tl.tensor, blocks: tl.tensor, elements: tl.tensor, CHUNK: tl.constexpr) -> None:
+    """The sums of all blocks, in a fixed order, over the number of elements."""
+    lane = tl.arange(0, CHUNK)
+    total = tl.full((CHUNK,), 0, tl.float64)
+    chunk = blocks * 0
+    while chunk < blocks:
+        total += tl.load(sums + chunk + lane, mask=chunk + lane < blocks, other=0)
+        chunk += CHUNK
+    tl.store(mean, tl.sum(total, 0) / elements.to(tl.float64))
+
+
+def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
+    """EMax of every head's standardised gradients into ``accumulated``, and its mean; see :func:`fastcl.ops.spg_importance_`."""
+    device = accumulated[0].device if accumulated else None
+    rows = [row for row in zip(accumulated, *grads_by_head, strict=True) if row[0].numel()]
+    if not rows:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    stored, *heads = (list(column) for column in zip(*rows, strict=True))
+    with on_device(stored[0]):
+        if not heads:
+            return _sweep(stored, [])
+        for at in range(0, len(heads), _HEADS):
+            # One group after the other gives what all at once would: rounding keeps order, so the maximum may be rounded on the way.
+            mean = _sweep(stored, heads[at : at + _HEADS])
+    return mean
+
+
+def _sweep(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Standardise a few heads, accumulate them, and return the mean of what is stored."""
+    device = stored[0].device
+    double = [[torch.float64 in (a.dtype, g.dtype) for a, g in zip(stored, head, strict=True)] for head in heads]
+    tags = [torch.float64 in (a.dtype, *(g.dtype for g in row)) for a, *row in zip(stored, *heads, strict=True)]
+    single_rows, double_rows = (
+        moments([g for head in heads for g in head], [d for head in double for d in head])
+        if heads
+        else (torch.empty(0, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64))
+    )
+    plan = list(launches(stored, *heads, tags=tags))
+    blocks = sum(sum(launch.row_blocks) for launch in plan)
+    sums = torch.empty(blocks, dtype=torch.float64, device=device)
+    first = 0
+    for launch in plan:
+        spg_kernel[launch.grid](
+            launch.columns[0],
+            sum(launch.columns[1:], ()) or (0,),
+            launch.starts,
+            launch.tails,
+            launch.sizes,
+            launch.strides[0],
+            sum(launch.strides[1:], ()) or (0,),
+            launch.per_row(launch.members),
+            double_rows if launch.tag else single_rows,
+            sums,
+            first,
+            len(stored),
+            HEADS=len(heads),
+            **launch.constants,
+            enable_fp_fusion=True,
+        )
+        first += sum(launch.row_blocks)
+    mean = torch.empty((), dtype=torch.float64, device=device)
+    mean_kernel[(1,)](sums, mean, blocks, sum(t.numel() for t in stored), CHUNK=_CHUNK, enable_fp_fusion=True)
+    return mean

@@ -1,0 +1,228 @@
+"""Compiles every Triton kernel ahead of time, as its launches would, for GPUs that need not be here; reads what the compiler made."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+    pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
+
+from fastcl.kernels import _lists, _moments, importance, soft_mask  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+
+
+class Recorder:
+    """Stands in for a kernel: keeps its launches instead of running them."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    recorded: list[Any] = []
+    for module in (soft_mask, importance, _moments):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    return recorded
+
+
+def specialised(launch: Any, target: Any) -> Any:
+    """What Triton's own launcher would hand to the compiler for these arguments."""
+    kernel, args, options = launch
+    backend = make_backend(target)
+    bound, specialization, extra = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
+    packed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, extra)
+    return ASTSource(kernel, signature, constants, attributes), packed.__dict__
+
+
+def compiled(launch: Any, target: str) -> dict[str, str]:
+    source, options = specialised(launch, TARGETS[target])
+    assembly = triton.compile(source, target=TARGETS[target], options=options).asm
+    return {name: text for name, text in assembly.items() if isinstance(text, str)}
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def run(op: str, dtype: torch.dtype, stored: torch.dtype, tensors: int = 1, small: tuple[int, ...] = (60, 100), heads: int = 1) -> None:
+    def many(shape: tuple[int, ...], d: torch.dtype) -> list[Tensor]:
+        return [empty(shape, d) for _ in range(tensors)]
+
+    if op == "soft_mask_":
+        soft_mask.soft_mask_(many((60, 100), dtype), many(small, stored), 0.3)
+    elif op == "emax_":
+        importance.emax_(many((60, 100), stored), many(small, dtype))
+    else:
+        importance.spg_importance_(many((60, 100), stored), [many((60, 100), dtype) for _ in range(heads)])
+
+
+def vectors(ptx: str, instruction: str) -> bool:
+    """Whether whole blocks move 16 bytes per thread and instruction."""
+    return re.search(rf"\b{instruction}\.global\.v(4\.b32|2\.b64)\b", ptx) is not None
+
+
+def contracted(ptx: str) -> list[str]:
+    return re.findall(r"\bfma\.\S+", ptx)
+
+
+def approximate(ptx: str) -> list[str]:
+    return re.findall(r"\b(?:div\.(?:full|approx)|rcp\.approx|ex2\.approx)\S*", ptx)
+
+
+PAIRS = [(F32, F32), (BF16, BF16), (F16, F32), (F32, U8), (BF16, U8)]
+
+
+@pytest.mark.parametrize("op", ["soft_mask_", "emax_"])
+@pytest.mark.parametrize(("dtype", "stored"), PAIRS, ids=str)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_ptx_of_the_bitwise_ops(op: str, dtype: torch.dtype, stored: torch.dtype, target: str, launches: list[Any]) -> None:
+    run(op, dtype, stored)
+    assert len(launches) == 1
+    ptx = compiled(launches[0], target)["ptx"]
+    assert vectors(ptx, "ld")
+    assert vectors(ptx, "st")
+    assert "f64" not in ptx
+    assert not contracted(ptx)
+    assert not approximate(ptx)
+
+
+@pytest.mark.parametrize("op", ["soft_mask_", "emax_"])
+@pytest.mark.parametrize(("tensors", "small"), [(8, (60, 100)), (64, (60, 100)), (1, ()), (1, (60, 1)), (5, (1, 100))], ids=str)
+def test_ptx_of_lists_and_broadcasts(op: str, tensors: int, small: tuple[int, ...], launches: list[Any]) -> None:
+    run(op, F32, F32, tensors, small)
+    assert len(launches) == 1
+    ptx = compiled(launches[0], "sm_90")["ptx"]
+    # The written tensor is walked through in order whatever form the other one has.
+    assert vectors(ptx, "ld")
+    assert vectors(ptx, "st")
+    assert "f64" not in ptx
+    assert not contracted(ptx)
+    assert not approximate(ptx)
+
+
+@pytest.mark.parametrize("op", ["soft_mask_", "emax_"])
+@pytest.mark.parametrize("stored", [F64, U8], ids=str)
+def test_float64_is_divided_and_computed_in_float64(op: str, stored: torch.dtype, launches: list[Any]) -> None:
+    run(op, F64, stored)
+    ptx = compiled(launches[0], "sm_90")["ptx"]
+    assert vectors(ptx, "ld")
+    assert not contracted(ptx)
+    assert ("div.rn.f64" in ptx) == (stored == U8)
+    assert not re.search(r"\b(mul|sub|div)\.(rn\.)?f32", ptx)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(F32, F32), (BF16, U8), (F32, BF16)], ids=str)
+def test_ptx_of_spg(dtype: torch.dtype, stored: torch.dtype, launches: list[Any]) -> None:
+    run("spg_importance_", dtype, stored)
+    texts = {kernel.__name__: compiled((kernel, *rest), "sm_90")["ptx"] for kernel, *rest in launches}
+    assert set(texts) == {"moments_kernel", "combine_kernel", "spg_kernel", "mean_kernel"}
+    sweep = texts["spg_kernel"]
+    assert vectors(texts["moments_kernel"], "ld")
+    assert vectors(sweep, "ld")
+    assert vectors(sweep, "st")
+    # Of each element nothing but the sum of what was stored is float64, and of a code not even that.
+    assert not re.search(r"\b(mul|fma|sub|max|ex2|sqrt)\S*\.f64", sweep)
+    assert not re.search(r"\b(fma|max|ex2|sqrt)\S*\.f64", texts["moments_kernel"]) or dtype == F64
+    assert ("add.f64" in sweep) == (stored != U8)
+    assert "atom" not in "".join(texts.values())
+
+
+def test_offsets_of_flat_walks_are_64_bit(launches: list[Any]) -> None:
+    run("soft_mask_", F32, F32)
+    ttir = compiled(launches[0], "sm_90")["ttir"]
+    assert f"%c{_lists.BLOCK}_i64" in ttir
+    assert not re.search(rf"arith\.muli .*%c{_lists.BLOCK}_i32", ttir)
+
+
+def test_offsets_of_wide_strided_walks_are_64_bit(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lists, "_wide", lambda w: bool(w.sizes))
+    run("soft_mask_", F32, F32, small=(60, 1))
+    ttir = compiled(launches[0], "sm_90")["ttir"]
+    assert f"%c{_lists.STRIDED_BLOCK}_i64" in ttir
+    assert not re.search(rf"arith\.muli .*%c{_lists.STRIDED_BLOCK}_i32", ttir)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(F32, F32), (BF16, U8), (F64, F64)], ids=str)
+@pytest.mark.parametrize("op", ["soft_mask_", "emax_", "spg_importance_"])
+def test_amd_compiles(op: str, dtype: torch.dtype, stored: torch.dtype, launches: list[Any]) -> None:
+    run(op, dtype, stored)
+    for launch in launches:
+        text = compiled(launch, "gfx942")["amdgcn"]
+        assert "s_endpgm" in text
+        if op == "soft_mask_" and dtype != F64:
+            assert not re.search(r"\bv_(pk_)?(fma|mad)(c|ak|mk)?_f32", text)
+            assert re.search(r"\b(buffer|global)_load_dwordx4\b", text)
+
+
+def test_a_launch_fits_the_4_kb_of_arguments(launches: list[Any]) -> None:
+    run("soft_mask_", F32, F32, tensors=64)
+    run("spg_importance_", F32, F32, tensors=64, heads=4)
+    tall = [torch.zeros(3, 4, 5, 6, 7)[:, ::2, :, ::2, ::3] for _ in range(8)]
+    importance.spg_importance_(tall, [[torch.zeros(t.shape) for t in tall] for _ in range(4)])
+    for kernel, args, _ in launches:
+        flat = [v for a in args for v in (a if isinstance(a, tuple) else (a,))]
+        size = sum(8 if isinstance(v, Tensor) or (isinstance(v, int) and abs(v) >= 1 << 31) else 4 for v in flat)
+        assert size <= 4096 - 64, kernel.__name__  # Triton appends pointers of its own
+
+
+def keys(launches: list[Any]) -> set[str]:
+    return {specialised(launch, TARGETS["sm_90"])[0].hash() for launch in launches}
+
+
+def test_another_model_compiles_nothing_new(launches: list[Any]) -> None:
+    # Sizes of 1 and multiples of 16 among them: on these Triton would specialise.
+    for sizes in ([(1,), (16,), (7,)], [(4096,), (4097,), (8192,), (5, 5)], [(768, 768), (3, 1), (1, 16), (2, 2), (1 << 18,)]):
+        soft_mask.soft_mask_([empty(s, F32) for s in sizes], [empty(s, F32) for s in sizes], 0.0)
+        soft_mask.soft_mask_([empty(s, F32) for s in sizes], [empty(s, F32) for s in sizes], 1.0)
+    assert len(keys(launches)) == 1
+    launches.clear()
+    for rows, columns in ((2, 2), (16, 32), (64, 768), (3, 5000), (17, 1024)):
+        soft_mask.soft_mask_([empty((rows, columns), F32)], [empty((rows, 1), F32)])
+    assert len(keys(launches)) == 1
+    launches.clear()
+    for count in (2, 5, 8):
+        for size in (1, 16, 4096, 5000):
+            run_spg = [empty((size,), F32) for _ in range(count)]
+            importance.spg_importance_(run_spg, [[empty((size,), F32) for _ in range(count)]])
+    assert len(keys(launches)) == 4
+
+
+def test_few_launches(launches: list[Any]) -> None:
+    run("soft_mask_", F32, F32, tensors=148)
+    assert len(launches) == 3
+    launches.clear()
+    run("soft_mask_", F32, F32, tensors=64, small=())
+    assert len(launches) == 1
+
+
+def test_more_than_2_to_the_31_elements_are_planned() -> None:
+    big = torch.empty(3 << 31, dtype=U8, device="meta")
+    (launch,) = _lists.launches([big, torch.empty(5, dtype=U8, device="meta")], [big, torch.empty(5, dtype=U8, device="meta")])
+    assert launch.grid == ((3 << 31) // _lists.BLOCK + 1,)
+    assert all(v < 1 << 31 for v in launch.starts + launch.tails)
+    rows = torch.empty(3 << 20, 1 << 11, dtype=U8, device="meta")
+    (launch,) = _lists.launches([rows], [torch.empty(3 << 20, 1, dtype=U8, device="meta")])
+    assert launch.constants["BIAS"] == _lists.WIDE_BIAS
+    assert all(v >= 1 << 31 for v in launch.sizes)
