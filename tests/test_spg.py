@@ -300,7 +300,7 @@ def test_end_task_runs_in_train_mode_and_without_autograd_around_it():
     assert_same(expected, importance(torch.inference_mode(), False))
 
 
-def boom(*_):
+def boom(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -338,7 +338,7 @@ def read_once():
         ([(1, 2, 3)], loss_fn, TypeError, "pairs"),
         (breaking_loader(1), loss_fn, OSError, "disk"),
         (breaking_loader(7), loss_fn, OSError, "disk"),
-        (batches(2), boom, KeyboardInterrupt, ""),
+        (batches(2), boom, KeyboardInterrupt, None),
         (batches(2), lambda logits, y: 3.0, TypeError, "loss_fn must return a tensor"),
         (batches(2), lambda logits, y: logits.sum(1), ValueError, "one element"),
         (batches(2), lambda logits, y: logits.sum() * math.nan, ValueError, "NaN"),
@@ -644,6 +644,7 @@ def test_expanded_buffers_frozen_parameters_and_default_forward():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_importance_follows_the_model_to_another_device():
     model = make()
     spg = SPG(model, model.heads)

@@ -54,7 +54,7 @@ def sum_gradients(
     device = slots[0].parameter().device
     batches = 0
     for batch in loader:
-        x, y = (part.to(device) if isinstance(part, Tensor) else part for part in _pair(batch))
+        x, y = (_usable(part, device) for part in _pair(batch))
         output = _scalar(loss(_logits(logits_of(x)), y))
         if trained and not output.requires_grad:
             raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
@@ -77,6 +77,14 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     if len(batch) != 2:
         raise TypeError(f"loader must yield pairs (x, y), got {len(batch)} parts")
     return batch[0], batch[1]
+
+
+def _usable(part: Any, device: torch.device) -> Any:
+    """A tensor on the device that autograd can save, since the caller may have made it in inference mode; other things as they are."""
+    if not isinstance(part, Tensor):
+        return part
+    moved = part.to(device)
+    return moved.clone() if moved.is_inference() else moved
 
 
 def _logits(value: Any) -> Tensor:
