@@ -50,7 +50,7 @@ def op_table(console: Console, names: Sequence[str], rounds: int = 15, size: str
     """Time the official-style and the fused op on the same inputs, in turns; print medians, their ratio and errors; return the rows."""
     table = Table(
         title=f"ops on the {len(SIZES[size])} tensors of a ResNet-18 ({elements(SIZES[size]) / 1e6:.1f} M elements, float32), "
-        f"medians of {rounds} rounds, {torch.get_num_threads()} threads; errors against the float64 definition",
+        f"medians of {rounds} rounds, threads: {torch.get_num_threads()}; errors against the float64 definition",
         title_justify="left",
     )
     for column in ("op", "official-style", "fused", "ratio", "largest error official-style", "largest error fused"):
@@ -86,7 +86,7 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
     """The accuracy matrices side by side, on one colour scale."""
     lowest = min(float(m[~m.isnan()].min()) for m in matrices.values())
     size = len(next(iter(matrices.values())))
-    fig, axes = plt.subplots(1, len(matrices), figsize=(4.1 * len(matrices) + 0.9, 4.5), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(matrices), figsize=(4.1 * len(matrices) + 0.9, 4.7), layout="constrained", squeeze=False)
     for ax, (name, m) in zip(axes[0], matrices.items(), strict=True):
         image = ax.imshow(m, cmap="viridis", vmin=lowest, vmax=1)
         for i in range(size):
@@ -97,7 +97,7 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
         ax.set(title=name, xlabel="accuracy on task", ylabel="after training task", xticks=range(size), yticks=range(size))
         ax.spines[:].set_visible(False)
     fig.colorbar(image, ax=axes, shrink=0.8, pad=0.015, format=lambda v, _: f"{100 * v:.0f} %")
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title + "\n", fontsize=11)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -107,7 +107,7 @@ def _at(measure: Callable[[AccuracyMatrix, int], float], k: int) -> Callable[[Ac
 
 
 def curves(path: Path, title: str, methods: Mapping[str, Sequence[AccuracyMatrix]], joint: Sequence[AccuracyMatrix]) -> None:
-    """Average accuracy over the tasks seen, and accuracy on the first task, along the stream; the band is one standard deviation."""
+    """Average accuracy over the tasks seen, and accuracy on the first task, along the stream; bars are one standard deviation."""
     tasks = joint[0].tasks
     panels: dict[str, Callable[[AccuracyMatrix, int], float]] = {
         "average accuracy on the tasks so far": AccuracyMatrix.acc,
@@ -116,11 +116,13 @@ def curves(path: Path, title: str, methods: Mapping[str, Sequence[AccuracyMatrix
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     x = list(range(tasks))
     for ax, (label, measure) in zip(axes, panels.items(), strict=True):
-        for colour, marker, (name, runs) in zip(COLOURS, "so^", methods.items(), strict=False):
+        for n, (name, runs) in enumerate(methods.items()):
+            colour, marker = COLOURS[n], "so^"[n]
             points = [mean_and_std(runs, _at(measure, k)) for k in x]
-            low, high = ([100 * (m + sign * s) for m, s in points] for sign in (-1, 1))
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            ax.plot(x, [100 * m for m, _ in points], marker=marker, ms=5, lw=1.8, color=colour, label=name)
+            # Bars beside each other: bands of three methods hide one another.
+            moved = [k + 0.06 * (n - 1) for k in x]
+            means, stds = ([100 * v for v in column] for column in zip(*points, strict=True))
+            ax.errorbar(moved, means, stds, marker=marker, ms=5.5, lw=1.8, elinewidth=1.1, capsize=3, color=colour, label=name)
         bound, _ = mean_and_std(joint, _at(measure, tasks - 1))
         ax.axhline(100 * bound, color=COLOURS[3], ls="--", lw=1.4, label="joint training (upper bound)")
         ax.set(title=label, xlabel="after training task", xticks=x)

@@ -1,13 +1,20 @@
 """SPG on Permuted-Digits: five tasks, a head per task, three seeds.
 
-Compares plain fine-tuning, SPG with the fused ops, and joint training on all tasks at once (the upper bound). Data and split are those of
+Compares plain fine-tuning ("naive"), SPG with the fused ops, and joint training on all tasks at once (the upper bound). Data and split are those of
 ``fastcl.data.permuted_digits``: 1347 training and 450 test images for every task and seed, task 0 unpermuted. The model is an MLP with two
 hidden layers and plain SGD in batches of 32.
 
 Width, learning rate and epochs come from one grid for every method, tried on seed 100, which is not reported, and measured on a
 validation part of the training images (``--tune`` repeats it): the setting with the highest ACC.
 
-TUNING
+    method   width   lr     epochs   ACC    forgetting       (the best of 24 settings each; validation images, seed 100)
+    naive    256     0.02   40       80.1   15.6
+    SPG      256     0.05   40       90.0    3.1
+    joint    128     0.5    20       96.8
+
+Naive fine-tuning is also shown at SPG's setting (72.6 and 27.3 in the grid), where SPG is the only difference. Wider layers help whoever
+forgets: with 512 units the best were 85.5 and 9.6 for naive (lr 0.02, 40 epochs), 90.9 and 2.9 for SPG (lr 0.05, 40 epochs). They are
+left out of the grid because the demo is to end in two minutes on two cores.
 
 Run it with ``python examples/spg_permuted_digits.py``; ``pip install 'fastcl[demo]'`` brings what it needs. It writes accuracy matrices and
 measures as CSV and two plots to ``--out``.
@@ -17,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import sys
 import time
@@ -42,7 +50,7 @@ except ImportError as error:
     sys.exit(f"this example needs {error.name}: pip install 'fastcl[demo]'")
 
 TASKS, BATCH, TUNING_SEED = 5, 32, 100
-GRID = {"width": (128, 256, 512), "lr": (0.02, 0.05, 0.2, 0.5), "epochs": (10, 20, 40)}
+GRID = {"width": (128, 256), "lr": (0.02, 0.05, 0.2, 0.5), "epochs": (10, 20, 40)}
 
 
 class Setting(NamedTuple):
@@ -53,7 +61,7 @@ class Setting(NamedTuple):
     epochs: int
 
 
-TUNED = {"naive": Setting(512, 0.05, 10), "SPG": Setting(512, 0.05, 40), "joint": Setting(128, 0.5, 20)}
+TUNED = {"naive": Setting(256, 0.02, 40), "SPG": Setting(256, 0.05, 40), "joint": Setting(128, 0.5, 20)}
 
 
 class Net(nn.Module):
@@ -80,19 +88,26 @@ class Run(NamedTuple):
 loss_fn = nn.functional.cross_entropy
 
 
+def in_dtype(task: Task, dtype: torch.dtype) -> Task:
+    """The task with its inputs in another precision."""
+    return dataclasses.replace(task, train_x=task.train_x.to(dtype), test_x=task.test_x.to(dtype))
+
+
 @torch.no_grad()
 def accuracy(model: Net, task: Task, head: int) -> float:
     """Fraction of the task's test images that its head classifies correctly."""
     return float((model(task.test_x, head).argmax(1) == task.test_y).double().mean())
 
 
-def sequential(setting: Setting, seed: int, tick: Callable[[], Any], *, with_spg: bool, validation: bool = False) -> Run:
+def sequential(
+    setting: Setting, seed: int, tick: Callable[[], Any], *, with_spg: bool, validation: bool = False, dtype: torch.dtype = torch.float32
+) -> Run:
     """Train one task after the other, with SPG or without anything against forgetting."""
-    stream = permuted_digits(TASKS, seed, validation=validation)
+    stream = [in_dtype(task, dtype) for task in permuted_digits(TASKS, seed, validation=validation)]
     torch.manual_seed(seed)
-    model, order = Net(setting.width), torch.Generator().manual_seed(seed)
+    model, order = Net(setting.width).to(dtype), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr)
-    spg = SPG(model, model.heads) if with_spg else None
+    spg = SPG(model, model.heads, dtype=dtype) if with_spg else None
     matrix = AccuracyMatrix(TASKS)
     for t, task in enumerate(stream):
         loader = task.train(BATCH, order)
@@ -131,12 +146,12 @@ def joint(setting: Setting, seed: int, tick: Callable[[], Any], *, validation: b
     return Run(matrix, model)
 
 
-def train(method: str, setting: Setting, seed: int, *, validation: bool = False) -> Run:
+def train(method: str, setting: Setting, seed: int, *, validation: bool = False, dtype: torch.dtype = torch.float32) -> Run:
     """One run under a progress bar."""
-    with tqdm(total=TASKS * setting.epochs, desc=f"{method}, seed {seed}", unit="epoch", leave=False) as bar:
+    with tqdm(total=TASKS * setting.epochs, desc=f"{method}, seed {seed}", unit="epoch", leave=False, mininterval=0.5) as bar:
         if method == "joint":
             return joint(setting, seed, bar.update, validation=validation)
-        return sequential(setting, seed, bar.update, with_spg=method == "SPG", validation=validation)
+        return sequential(setting, seed, bar.update, with_spg=method == "SPG", validation=validation, dtype=dtype)
 
 
 def tune(console: Console, out: Path) -> None:
@@ -165,19 +180,25 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def agreement(console: Console, fused: Run, seed: int) -> None:
-    """Run SPG once more on the reference backend and compare."""
+def agreement(console: Console, seed: int) -> None:
+    """Run SPG with the ops that serve the CPU and with the reference ops, and compare.
+
+    In float64 the runs differ by rounding alone. In float32 thousands of steps and the standardising of nearly cancelled sums enlarge the
+    last bit, as they do between any two orders of summation.
+    """
     served = backends.serving("cpu")
-    with fastcl.use_backend("reference"):
-        reference = train("SPG", TUNED["SPG"], seed)
-    pairs = zip(fused.model.parameters(), reference.model.parameters(), strict=True)
-    gap = max(float((a - b).detach().abs().max()) for a, b in pairs)
-    same = bool(torch.equal(fused.matrix.values.nan_to_num(-1), reference.matrix.values.nan_to_num(-1)))
-    most = float((fused.matrix.values - reference.matrix.values).nan_to_num(0).abs().max())
-    verdict = "the accuracy matrices are equal" if same else f"the accuracy matrices differ by at most {100 * most:.2f} points"
-    console.print(f"SPG, seed {seed}, backend {served!r} against 'reference': final weights differ by at most {gap:.1e}; {verdict}")
+    for dtype in (torch.float64, torch.float32):
+        fused = train("SPG", TUNED["SPG"], seed, dtype=dtype)
+        with fastcl.use_backend("reference"):
+            reference = train("SPG", TUNED["SPG"], seed, dtype=dtype)
+        pairs = zip(fused.model.parameters(), reference.model.parameters(), strict=True)
+        gap = max(float((a - b).detach().abs().max()) for a, b in pairs)
+        most = float((fused.matrix.values - reference.matrix.values).nan_to_num(0).abs().max())
+        verdict = "accuracy matrices equal" if most == 0 else f"accuracy matrices differ by at most {100 * most:.2f} points"
+        name = str(dtype).removeprefix("torch.")
+        console.print(f"SPG, seed {seed}, {name}, {served!r} ops against 'reference': final weights within {gap:.1e}, {verdict}")
     if served == "reference":
-        console.print("  (both runs used the reference ops: no compiled backend serves the CPU here, see python -m fastcl)")
+        console.print("  (both runs used the reference ops: no compiled backend serves the CPU here)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="SPG on Permuted-Digits against fine-tuning and joint training")
     parser.add_argument("--out", type=Path, default=Path("runs/spg_permuted_digits"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="reported seeds (default: 0 1 2)")
-    parser.add_argument("--tune", action="store_true", help=f"run the grid on seed {TUNING_SEED} instead; takes about ten minutes")
+    parser.add_argument("--tune", action="store_true", help=f"run the grid on seed {TUNING_SEED} instead; takes about four minutes")
     options = parser.parse_args(argv)
     if TUNING_SEED in options.seeds or len(set(options.seeds)) < len(options.seeds):
         parser.error(f"--seeds must differ from each other and from {TUNING_SEED}, on which the settings were chosen")
@@ -208,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for name in ("naive", "SPG"):
         console.print(matrix_table(f"{name}: test accuracy in %, mean ± std over {len(options.seeds)} seeds", matrices[name]))
-    summary = Table(title="after the last task, in %; forgetting as in Chaudhry et al. (2018): best earlier accuracy minus the last")
+    definition = "after the last task, in %; forgetting as in Chaudhry et al. (2018): best earlier accuracy minus the last"
+    summary = Table(title=definition, title_justify="left")
     for column in ("method", "width, lr, epochs", "ACC", "forgetting"):
         summary.add_column(column, justify="right" if column in ("ACC", "forgetting") else "left")
     rows = []
@@ -226,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(summary)
     write_rows(options.out / "summary.csv", rows)
 
-    agreement(console, runs["SPG"][0], options.seeds[0])
+    agreement(console, options.seeds[0])
     torch.set_num_threads(threads)
     write_rows(options.out / "ops.csv", op_table(console, ("soft_mask_", "emax_", "spg_importance_")))
 
     what = f"Permuted-Digits, {TASKS} tasks, mean of {len(options.seeds)} seeds"
     shown = {name: of_method for name, of_method in matrices.items() if name != "joint"}
     heat_maps(options.out / "matrix.png", what, {name: mean_matrix(of_method) for name, of_method in shown.items()})
-    curves(options.out / "curve.png", what + ", band: one standard deviation", shown, matrices["joint"])
+    curves(options.out / "curve.png", what + ", bars: one standard deviation", shown, matrices["joint"])
     console.print(f"written to {options.out}/; {time.perf_counter() - start:.0f} s")
     return 0
 
