@@ -13,14 +13,16 @@
 
 namespace fastcl::bind {
 
+enum class Access { reads, writes };
+
 class Gate {
  public:
-  // grad_mode: whether autograd records, in which case a tensor that requires grad is refused.
+  // grad_mode: whether autograd records, in which case a written tensor that requires grad is refused. Read ones are constants.
   Gate(Device device, bool grad_mode) : device_(device), grad_mode_(grad_mode) {}
 
   // Reads a list or tuple of exact torch.Tensor or Parameter. False: refused. The gate keeps the tensors alive, since the list may change
   // in another thread while the lock is released.
-  bool take(const char* name, pybind11::handle list, bool accepts_uint8, Views& out);
+  bool take(const char* name, pybind11::handle list, Access access, bool accepts_uint8, Views& out);
   bool take_number(const char* name, pybind11::handle value, double& out);
   bool same_length(const char* name, size_t length, size_t expected);
   bool broadcast(const char* name, const Views& read, const Views& written);
@@ -38,7 +40,7 @@ class Gate {
   std::vector<pybind11::object> alive_;
 
   bool refuse(const char* name, std::optional<size_t> index, const char* reason);
-  const char* view_of(PyObject* object, bool accepts_uint8, View& out);
+  const char* view_of(PyObject* object, Access access, bool accepts_uint8, View& out);
 };
 
 }  // namespace fastcl::bind

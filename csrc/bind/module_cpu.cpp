@@ -15,8 +15,8 @@ py::object soft_mask_(const py::object& grads, const py::object& importance, con
   Gate gate(Device::cpu, grad_mode);
   Views g, i;
   double s = 0;
-  if (gate.take("grads", grads, false, g) && gate.take("importance", importance, true, i) && gate.take_number("strength", strength, s) &&
-      gate.broadcast("importance", i, g) && gate.apart(g, {&i})) {
+  if (gate.take("grads", grads, Access::writes, false, g) && gate.take("importance", importance, Access::reads, true, i) &&
+      gate.take_number("strength", strength, s) && gate.broadcast("importance", i, g) && gate.apart(g, {&i})) {
     py::gil_scoped_release release;
     cpu::soft_mask_(g, i, s, torch_pool());
   }
@@ -26,8 +26,8 @@ py::object soft_mask_(const py::object& grads, const py::object& importance, con
 py::object emax_(const py::object& importance, const py::object& fresh, bool grad_mode) {
   Gate gate(Device::cpu, grad_mode);
   Views i, n;
-  if (gate.take("importance", importance, true, i) && gate.take("new", fresh, true, n) && gate.broadcast("new", n, i) &&
-      gate.apart(i, {&n})) {
+  if (gate.take("importance", importance, Access::writes, true, i) && gate.take("new", fresh, Access::reads, true, n) &&
+      gate.broadcast("new", n, i) && gate.apart(i, {&n})) {
     py::gil_scoped_release release;
     cpu::emax_(i, n, torch_pool());
   }
@@ -40,9 +40,10 @@ py::object spg_importance_(const py::object& accumulated, const py::list& grads_
   Views a;
   std::vector<Views> heads(py::len(grads_by_head));
   std::vector<const Views*> reads;
-  bool passed = gate.take("accumulated", accumulated, true, a);
+  bool passed = gate.take("accumulated", accumulated, Access::writes, true, a);
   for (size_t h = 0; h < heads.size(); ++h) {
-    passed = passed && gate.take("grads_by_head", grads_by_head[h], false, heads[h]) && gate.same_shapes("grads_by_head", heads[h], a);
+    passed = passed && gate.take("grads_by_head", grads_by_head[h], Access::reads, false, heads[h]) &&
+             gate.same_shapes("grads_by_head", heads[h], a);
     reads.push_back(&heads[h]);
   }
   if (!passed || !gate.apart(a, reads)) return gate.verdict();
@@ -57,7 +58,8 @@ py::object spg_importance_(const py::object& accumulated, const py::list& grads_
 py::object yardstick_(const py::object& written, const py::object& read) {
   Gate gate(Device::cpu, false);
   Views w, r;
-  if (gate.take("written", written, true, w) && gate.take("read", read, true, r) && gate.same_shapes("read", r, w) && gate.apart(w, {&r})) {
+  if (gate.take("written", written, Access::writes, true, w) && gate.take("read", read, Access::reads, true, r) &&
+      gate.same_shapes("read", r, w) && gate.apart(w, {&r})) {
     py::gil_scoped_release release;
     cpu::yardstick_(w, r, torch_pool());
   }
@@ -67,7 +69,7 @@ py::object yardstick_(const py::object& written, const py::object& read) {
 py::object yardstick_read(const py::object& read) {
   Gate gate(Device::cpu, false);
   Views r;
-  if (!gate.take("read", read, true, r)) return gate.verdict();
+  if (!gate.take("read", read, Access::reads, true, r)) return gate.verdict();
   py::gil_scoped_release release;
   const uint64_t folded = cpu::yardstick_read(r, torch_pool());
   py::gil_scoped_acquire acquire;

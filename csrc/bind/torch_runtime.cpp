@@ -26,6 +26,9 @@ void connect(const py::type& tensor, const py::type& parameter, const py::capsul
   TorchRuntime next;
   next.api = exchange_api(api);
   if (parallel_for == 0 || num_threads == 0) throw std::runtime_error("it does not export its thread pool");
+  const py::object attribute = tensor.attr("requires_grad");
+  if (!PyObject_TypeCheck(attribute.ptr(), &PyGetSetDescr_Type)) throw std::runtime_error("its Tensor.requires_grad is no getter");
+  next.requires_grad = reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;
   // Kept for ever: the types outlive every call.
   next.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   next.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());

@@ -12,6 +12,8 @@ namespace fastcl::bind {
 struct TorchRuntime {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
+  // Tensor.requires_grad without the attribute look-up, which would cost as much as the rest of the gate.
+  PyGetSetDef* requires_grad = nullptr;
   const dlpack::ExchangeAPI* api = nullptr;
   int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Pool::Body body, void* context) = nullptr;
   int32_t (*num_threads)(uint32_t* out) = nullptr;

@@ -17,9 +17,7 @@ FASTCL_HD C nan_max(C a, C b) {
 template <class S, class N>
 struct EMax {
   using compute = compute_t<S, N>;
-  FASTCL_HD S operator()(S stored, N value) const {
-    return store<S>(nan_max(load<compute>(stored), load<compute>(value)));
-  }
+  FASTCL_HD S operator()(S stored, N value) const { return store<S>(nan_max(load<compute>(stored), load<compute>(value))); }
 };
 
 // Count, mean and sum of squared deviations of a part of a tensor, all relative to the tensor's first element ("shift"): a constant
@@ -40,9 +38,9 @@ FASTCL_HD Moments combine(Moments a, Moments b) {
 // What turns a gradient element into SPG's importance |tanh((g - mean) / std)|.
 template <class C>
 struct Normaliser {
-  C lift;       // a power of two that keeps extreme gradients inside C's range; 1 nearly always
+  C lift;        // a power of two that keeps extreme gradients inside C's range; 1 nearly always
   C mean, rest;  // the mean in two parts: subtracting it costs no digits however large it is against the spread
-  C scale;      // 1 / std
+  C scale;       // 1 / std
 
   // A tensor whose deviation is zero gets importance 0; a NaN or an Inf in it makes the moments NaN and reaches every element.
   static FASTCL_HD Normaliser make(double shift, Moments m) {

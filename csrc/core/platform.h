@@ -14,8 +14,8 @@
 
 // One binary for every x86-64: the loader picks the widest version that the processor has. The loops stay plain C++, so the results of
 // the versions are bitwise equal (the build forbids contraction into fused multiply-adds).
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__CUDACC__) && !defined(FASTCL_NO_CLONES)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__CUDACC__) && \
+    !defined(FASTCL_NO_CLONES)
 #define FASTCL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTCL_CLONES

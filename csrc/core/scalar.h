@@ -14,9 +14,7 @@ struct Float16 {
 
 enum class DType : uint8_t { f64, f32, bf16, f16, u8, other };
 
-constexpr int64_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2;
-}
+constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
 
 // The type in which a pair of stored values is computed: double if one of them is double, else float.
 template <class A, class B>

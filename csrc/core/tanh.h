@@ -9,7 +9,7 @@ namespace fastcl {
 // and nothing cancels; expm1(r) is its Taylor polynomial, whose truncation is below a quarter of an ulp on this range.
 FASTCL_HD float abs_tanh(float x) {
   float y = 2 * (x < 0 ? -x : x);
-  y = y > 19.0f ? 19.0f : y;  // tanh(9.5) rounds to 1; a NaN passes
+  y = y > 19.0f ? 19.0f : y;        // tanh(9.5) rounds to 1; a NaN passes
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer that sits in the low bits
   const float shifted = y * 1.44269504f + round;
   const float k = shifted - round;

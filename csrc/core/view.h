@@ -115,9 +115,7 @@ inline bool broadcasts(const View& read, const View& written) {
   return true;
 }
 
-inline bool same_shape(const View& a, const View& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
-}
+inline bool same_shape(const View& a, const View& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
 
 inline bool same_layout(const View& a, const View& b) {
   return a.data == b.data && a.dtype == b.dtype && same_shape(a, b) && std::equal(a.strides, a.strides + a.ndim, b.strides);

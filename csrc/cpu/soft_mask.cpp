@@ -1,7 +1,7 @@
-#include "cpu/ops.h"
-#include "cpu/dtypes.h"
-#include "cpu/sweep.h"
 #include "core/soft_mask.h"
+#include "cpu/dtypes.h"
+#include "cpu/ops.h"
+#include "cpu/sweep.h"
 
 namespace fastcl::cpu {
 namespace {
