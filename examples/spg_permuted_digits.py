@@ -1,8 +1,8 @@
 """SPG on Permuted-Digits: five tasks, a head per task, three seeds.
 
-Compares plain fine-tuning ("naive"), SPG with the fused ops, and joint training on all tasks at once (the upper bound). Data and split are those of
-``fastcl.data.permuted_digits``: 1347 training and 450 test images for every task and seed, task 0 unpermuted. The model is an MLP with two
-hidden layers and plain SGD in batches of 32.
+Compares plain fine-tuning ("naive"), SPG with the fused ops, and joint training on all tasks at once (the upper bound). Data and split are
+those of ``fastcl.data.permuted_digits``: 1347 training and 450 test images for every task and seed, task 0 unpermuted. The model is an MLP
+with two hidden layers and plain SGD in batches of 32.
 
 Width, learning rate and epochs come from one grid for every method, tried on seed 100, which is not reported, and measured on a
 validation part of the training images (``--tune`` repeats it): the setting with the highest ACC.
