@@ -28,7 +28,7 @@ def listed(name: str, value: object) -> None:
 
 
 def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
-    """Dense tensors of the given dtypes, outside of autograd."""
+    """Dense tensors of the given dtypes."""
     for i, t in enumerate(value):
         if t.layout != torch.strided or t.is_quantized or t.is_nested:
             kind = "quantized" if t.is_quantized else "nested" if t.is_nested else str(t.layout)
@@ -37,10 +37,16 @@ def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
             raise TypeError(f"{name}[{i}] has dtype {_names([t.dtype])}; accepted are {_names(dtypes)}")
         if t.is_neg():
             raise TypeError(f"{name}[{i}] is a lazily negated view, whose memory does not hold its value; pass {name}[{i}].resolve_neg()")
-        if torch.is_grad_enabled() and t.requires_grad:
-            raise ValueError(
-                f"{name}[{i}] requires grad, and this op is not differentiable; pass {name}[{i}].detach() or call it under torch.no_grad()"
-            )
+
+
+def not_recorded(name: str, written: Sequence[Tensor]) -> None:
+    """No written tensor is part of an autograd graph that is being recorded."""
+    if torch.is_grad_enabled():
+        for i, t in enumerate(written):
+            if t.requires_grad:
+                raise ValueError(
+                    f"{name}[{i}] requires grad, and this op is not differentiable; pass {name}[{i}].detach() or call it under torch.no_grad()"
+                )
 
 
 def same_length(name: str, value: Sequence[object], other_name: str, other: Sequence[object]) -> None:

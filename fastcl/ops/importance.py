@@ -23,7 +23,7 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
     Raises:
         TypeError: not a list of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a tensor that requires grad while autograd records.
+        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
             Nothing has been written then.
     """
     if _dispatch.traced() or not _dispatch.gate("emax_", importance, new):
@@ -34,6 +34,7 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 def _check_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     _checks.dense("importance", importance, _checks.STORED)
+    _checks.not_recorded("importance", importance)
     _checks.dense("new", new, _checks.STORED)
     _checks.same_length("new", new, "importance", importance)
     _checks.same_device("new", new, "importance", importance)
@@ -77,7 +78,7 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
 
     Raises:
         TypeError: not lists of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a tensor that requires grad while autograd records.
+        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
             Nothing has been written then.
     """
     _checks.listed("accumulated", accumulated)
@@ -98,6 +99,7 @@ def _heads(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -
 
 def _check_spg(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: int) -> list[Sequence[Tensor]]:
     _checks.dense("accumulated", accumulated, _checks.STORED)
+    _checks.not_recorded("accumulated", accumulated)
     if heads < 0 or len(grads) != heads * len(accumulated):
         raise ValueError(f"grads has {len(grads)} tensors; {heads} heads of {len(accumulated)} tensors were announced")
     by_head = _heads(accumulated, grads, heads)

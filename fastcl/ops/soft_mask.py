@@ -18,7 +18,7 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
 
     Computed in float64 if the pair holds a float64 tensor, else in float32, as ``g * (1 - strength * I)`` without contraction, and
     rounded once to ``g``'s dtype; uint8 importance means ``I = u / 255``. NaN and Inf propagate. The values of ``importance`` are
-    not checked (that would cost a sweep and a device sync).
+    not checked (that would cost a sweep and a device sync). The op is not differentiable: importance is a constant.
 
     Args:
         grads: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written. They may not share memory.
@@ -28,8 +28,8 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
 
     Raises:
         TypeError: not a list of dense tensors, a dtype that is not accepted, a strength that is not a number.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a strength outside [0, 1], a tensor that requires grad
-            while autograd records. Nothing has been written then.
+        ValueError: lengths, shapes or devices that do not fit, shared memory, a strength outside [0, 1], a gradient that requires
+            grad while autograd records. Nothing has been written then.
     """
     if _dispatch.traced() or not _dispatch.gate("soft_mask_", grads, importance, strength):
         _checks.listed("grads", grads)
@@ -39,6 +39,7 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
 
 def _check(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float) -> None:
     _checks.dense("grads", grads, _checks.FLOATING)
+    _checks.not_recorded("grads", grads)
     _checks.dense("importance", importance, _checks.STORED)
     _checks.same_length("importance", importance, "grads", grads)
     _checks.same_device("importance", importance, "grads", grads)

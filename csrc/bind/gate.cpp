@@ -1,0 +1,136 @@
+#include "bind/gate.h"
+
+#include "bind/torch_runtime.h"
+
+namespace py = pybind11;
+
+namespace fastcl::bind {
+namespace {
+
+DType dtype_of(dlpack::DataType t) {
+  if (t.lanes != 1) return DType::other;
+  if (t.code == dlpack::kFloat) return t.bits == 64 ? DType::f64 : t.bits == 32 ? DType::f32 : t.bits == 16 ? DType::f16 : DType::other;
+  if (t.code == dlpack::kBFloat && t.bits == 16) return DType::bf16;
+  return t.code == dlpack::kUInt && t.bits == 8 ? DType::u8 : DType::other;
+}
+
+Device device_of(dlpack::Device d) { return d.type == dlpack::kCPU ? Device::cpu : d.type == dlpack::kCUDA ? Device::cuda : Device::other; }
+
+// The strides of a freshly made tensor, also where a size is 1. Views of complex memory, the only ones that can be lazily negated, never
+// have them: their innermost stride is 2.
+bool has_default_strides(const View& v) {
+  int64_t expected = 1;
+  for (int d = v.ndim - 1; d >= 0; --d) {
+    if (v.strides[d] != expected) return false;
+    expected *= v.shape[d] > 0 ? v.shape[d] : 1;
+  }
+  return v.ndim > 0;
+}
+
+// 1, 0, or -1 if the question itself failed.
+int truth(PyObject* value) {
+  if (value == nullptr) {
+    PyErr_Clear();
+    return -1;
+  }
+  const int result = value == Py_True ? 1 : value == Py_False ? 0 : -1;
+  Py_DECREF(value);
+  return result;
+}
+
+}  // namespace
+
+bool Gate::refuse(const char* name, std::optional<size_t> index, const char* reason) {
+  refusal_ = std::string(name) + (index ? "[" + std::to_string(*index) + "] " : " ") + reason;
+  return false;
+}
+
+const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, View& out) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const TorchRuntime& torch = torch_runtime();
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return "is not an exact torch.Tensor or Parameter";
+  dlpack::Tensor t;
+  if (torch.api->tensor_from_object(object, &t) != 0) {
+    PyErr_Clear();
+    return "has no plain memory";
+  }
+  out =
+      View{static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, dtype_of(t.dtype), device_of(t.device), t.device.index};
+  if (out.device != device_) return "is on another kind of device";
+  if (device_index_ >= 0 && out.device_index != device_index_) return "is on another device";
+  device_index_ = out.device_index;
+  if (out.dtype == DType::other || (out.dtype == DType::u8 && !accepts_uint8)) return "has a dtype that is not accepted";
+  if (t.data == nullptr && out.numel() > 0) return "has no memory behind it";
+  if (grad_mode_ && access == Access::writes && truth(torch.requires_grad->get(object, torch.requires_grad->closure)) != 0)
+    return "requires grad";
+  if (!has_default_strides(out) && truth(PyObject_CallMethodNoArgs(object, is_neg)) != 0) return "is lazily negated";
+  return nullptr;
+}
+
+bool Gate::take(const char* name, py::handle list, Access access, bool accepts_uint8, Views& out) {
+  if (refusal_) return false;
+  py::object items;
+  if (PyTuple_CheckExact(list.ptr())) {
+    items = py::reinterpret_borrow<py::object>(list);
+  } else if (PyList_CheckExact(list.ptr())) {
+    items = py::reinterpret_steal<py::object>(PyList_AsTuple(list.ptr()));
+    if (!items) throw py::error_already_set();
+  } else {
+    return refuse(name, std::nullopt, "is not a list or tuple");
+  }
+  const size_t n = size_t(PyTuple_GET_SIZE(items.ptr()));
+  out.resize(n);
+  for (size_t i = 0; i < n; ++i) {
+    // Thousands of tensors are thousands of cache misses, one after the other; fetching ahead overlaps them. The words after an object's
+    // head are only guessed to be its address of the C++ tensor: a wrong guess fetches a useless line and harms nothing.
+    if (i + 16 < n) __builtin_prefetch(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i + 16)));
+    if (i + 8 < n) {
+      const auto* words = reinterpret_cast<void* const*>(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i + 8)) + 1);
+      for (int w = 0; w < 2; ++w)
+        for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(words[w]) + 64 * line);
+    }
+    if (const char* reason = view_of(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i)), access, accepts_uint8, out[i]))
+      return refuse(name, i, reason);
+  }
+  alive_.push_back(std::move(items));
+  return true;
+}
+
+bool Gate::take_number(const char* name, py::handle value, double& out) {
+  if (refusal_) return false;
+  if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return refuse(name, std::nullopt, "is not a number");
+  out = PyFloat_AsDouble(value.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return refuse(name, std::nullopt, "is too large");
+  }
+  return out >= 0 && out <= 1 ? true : refuse(name, std::nullopt, "is outside [0, 1]");
+}
+
+bool Gate::same_length(const char* name, size_t length, size_t expected) {
+  if (refusal_) return false;
+  return length == expected ? true : refuse(name, std::nullopt, "has another length");
+}
+
+bool Gate::broadcast(const char* name, const Views& read, const Views& written) {
+  if (refusal_ || !same_length(name, read.size(), written.size())) return false;
+  for (size_t i = 0; i < read.size(); ++i)
+    if (!broadcasts(read[i], written[i])) return refuse(name, i, "does not broadcast");
+  return true;
+}
+
+bool Gate::same_shapes(const char* name, const Views& views, const Views& others) {
+  if (refusal_ || !same_length(name, views.size(), others.size())) return false;
+  for (size_t i = 0; i < views.size(); ++i)
+    if (!same_shape(views[i], others[i])) return refuse(name, i, "has another shape");
+  return true;
+}
+
+bool Gate::apart(const Views& written, const std::vector<const Views*>& reads) {
+  if (refusal_) return false;
+  return writes_overlap(written, reads) ? refuse("a written tensor", std::nullopt, "shares memory") : true;
+}
+
+py::object Gate::verdict() const { return refusal_ ? py::object(py::str(*refusal_)) : py::object(py::none()); }
+
+}  // namespace fastcl::bind

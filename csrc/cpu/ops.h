@@ -1,0 +1,22 @@
+// The CPU ops. Their arguments have been checked: shapes fit, dtypes are accepted, no written memory is shared.
+#pragma once
+
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/view.h"
+
+namespace fastcl::cpu {
+
+void soft_mask_(const Views& grads, const Views& importance, double strength, const Pool& pool);
+
+void emax_(const Views& importance, const Views& fresh, const Pool& pool);
+
+// Returns the mean of accumulated after the update; 0 if there is no element.
+double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool);
+
+// What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
+void yardstick_(const Views& written, const Views& read, const Pool& pool);
+uint64_t yardstick_read(const Views& read, const Pool& pool);
+
+}  // namespace fastcl::cpu
