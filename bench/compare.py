@@ -19,6 +19,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+if not __package__:  # run as a file: python bench/NAME.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from bench import bench_step, machine, measure, report, targets
 from bench.cells import DTYPES, SMALL, Cell, Workload, cells, providers
 from fastcl.testing import CASES, SIZES, elements

@@ -15,6 +15,9 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: python bench/NAME.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from bench import machine, targets
 from bench.cells import ORDER
 
