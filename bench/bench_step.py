@@ -106,7 +106,7 @@ def measure_step(model: str, device: str, seconds: float, rounds: tuple[int, int
     rows: dict[str, Any] = {}
     peaks = {name: measure.extra_bytes(call, work.reset, device) for name, call in calls.items()}
     for name, by_round in times.items():
-        more = [with_[0] - without[0] for with_, without in zip(by_round, times["none"], strict=True)]
+        more = [with_[0] - without[0] for with_, without in zip(by_round, times["none"], strict=False)]
         spread = measure.Spread.of(more)
         peak, without = peaks[name], peaks["none"]
         rows[name] = {

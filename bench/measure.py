@@ -44,7 +44,7 @@ class Spread:
 
 def paired_ratio(numerator: list[list[float]], denominator: list[list[float]]) -> Spread:
     """Spread of the per-round ratios: both of a ratio's times were taken within one round, so slow drift cancels. No unit."""
-    ratios = [statistics.median(n) / statistics.median(d) for n, d in zip(numerator, denominator, strict=True)]
+    ratios = [statistics.median(n) / statistics.median(d) for n, d in zip(numerator, denominator, strict=False)]
     return Spread.of([r / 1e3 for r in ratios])
 
 
@@ -77,14 +77,15 @@ def interleave(
     timed: Callable[[Call], float] = cpu_clock,
     *,
     seconds: float = 6.0,
-    rounds: tuple[int, int] = (7, 200),
+    rounds: tuple[int, int] = (5, 400),
     burst: int = 1,
     seed: int = 0,
 ) -> dict[str, list[list[float]]]:
     """Times of every call, by name and round; in each round every call has one turn of ``burst`` samples, in random order.
 
     ``reset`` restores the inputs before every sample, outside the timed region: masking the same gradients again and again would drive
-    them into subnormal numbers, which are slow on CPUs. As many rounds as fit into ``seconds``, within the limits of ``rounds``.
+    them into subnormal numbers, which are slow on CPUs. As many rounds as fit into ``seconds``, within the limits of ``rounds``; a call
+    that takes more than an eighth of ``seconds`` leaves after the fewest rounds, so that the others get more.
     """
     order, shuffle = list(calls), random.Random(seed)
 
@@ -95,8 +96,8 @@ def interleave(
             samples.append(timed(calls[name]))
         return samples
 
-    for name in order:  # warm-up: first touch of memory, lazy initialisation, thread pools
-        turn(name)
+    # Warm-up: first touch of memory, lazy initialisation, thread pools.
+    slow = {name for name in order if min(turn(name)) > seconds / 8}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -108,7 +109,8 @@ def interleave(
                 break
             shuffle.shuffle(order)
             for name in order:
-                times[name].append(turn(name))
+                if done < rounds[0] or name not in slow:
+                    times[name].append(turn(name))
     finally:
         if collecting:
             gc.enable()

@@ -83,7 +83,7 @@ def test_every_provider_has_its_turn_in_every_round_on_restored_inputs():
     def timed(call):
         assert log[-1] == "reset"
         call()
-        return 1.0
+        return 0.0
 
     times = measure.interleave(calls, lambda: log.append("reset"), timed, seconds=0.0, rounds=(4, 9), burst=2)
     assert {n: [len(r) for r in by_round] for n, by_round in times.items()} == {n: [2] * 4 for n in "abc"}
@@ -91,6 +91,13 @@ def test_every_provider_has_its_turn_in_every_round_on_restored_inputs():
     rounds = [turns[k : k + 6] for k in range(0, 24, 6)]
     assert all(sorted(r) == list("aabbcc") and r[0] == r[1] and r[2] == r[3] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1  # the order changes
+
+
+def test_a_slow_provider_leaves_after_the_fewest_rounds():
+    calls = {"slow": lambda: 9.0, "fast": lambda: 0.001}
+    times = measure.interleave(calls, lambda: None, lambda call: call(), seconds=1.0, rounds=(3, 7))
+    assert times == {"slow": [[9.0]] * 3, "fast": [[0.001]] * 7}
+    assert measure.paired_ratio(times["slow"], times["fast"]).samples == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="extra memory on the CPU is read from Linux's /proc")
