@@ -82,6 +82,7 @@ def _figure(panels: int, title: str, note: str, axis_label: str) -> tuple[Any, l
         axis.remove()
     for axis in axes[max(0, panels - columns) : panels]:
         axis.set_xlabel(axis_label, fontsize=9, color=QUIET)
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     figure.supxlabel(note, fontsize=7.5, color=QUIET, x=0.012, ha="left")
     return figure, axes[:panels]
 
@@ -93,7 +94,7 @@ def _names(record: Record) -> list[str]:
 def _draw_bound(result: Record, path: Path) -> None:
     records = _bound(result)
     title = "GPT-2 small, 124 M elements in 148 tensors: time relative to the yardstick"
-    note = f"1 (dashed) is a sweep that moves the fewest bytes the op can. {_where(result)}"
+    note = f"1 (dashed) is a sweep that moves the fewest bytes the op can and does nothing else.\n{_where(result)}"
     figure, axes = _figure(len(records), title, note, "time / yardstick's time (lower is better)")
     for axis, c in zip(axes, records, strict=True):
         yardstick = c["providers"]["yardstick"]["median_ms"]

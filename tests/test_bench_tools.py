@@ -241,6 +241,12 @@ def test_check_finds_a_stale_readme_and_writes_nothing(tmp_path, capsys):
     assert report.main([*args, "--check"]) == 1
 
 
+def test_check_finds_a_missing_section(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# A title\n")
+    assert report.main(["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path), "--check"]) == 1
+    assert "no section <!-- bench:cpu -->" in capsys.readouterr().err
+
+
 def test_check_finds_a_missing_plot(tmp_path, capsys):
     (tmp_path / "README.md").write_text(README)
     compare.write(result(GPT), tmp_path)
