@@ -1,0 +1,90 @@
+"""What fastcl promises on the CPU, and whether a run kept it. A miss is shown as a miss; what was not measured is not called met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastcl.testing import SIZES, elements
+
+Record = Mapping[str, Any]
+VERDICTS = ("reached", "met", "missed", "not measured")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: ``kind`` of fastcl ``against`` a provider of the same cell.
+
+    ``speed``: the other's time over fastcl's, at least ``must``. ``time``: fastcl's time over the other's, at most ``must``.
+    ``memory``: extra bytes over the gradients' bytes, at most ``must``.
+    """
+
+    op: str
+    size: str
+    dtype: str
+    kind: str
+    against: str
+    must: float
+    reach: float
+
+    def value(self, cell: Record) -> float | None:
+        """The measured value, or None if the cell lacks what it needs."""
+        times = cell["providers"]
+        ours, other = times.get("fastcl"), times.get(self.against)
+        if self.kind == "memory":
+            extra = None if ours is None else ours.get("extra_bytes")
+            return None if extra is None else extra / (4 * elements(SIZES[self.size]))
+        if ours is None or other is None:
+            return None
+        ratio: float = ours["median_ms"] / other["median_ms"]
+        return 1 / ratio if self.kind == "speed" else ratio
+
+    def verdict(self, value: float | None) -> str:
+        """One of VERDICTS. Judged on the number as measured, never as rounded for a table."""
+        if value is None:
+            return "not measured"
+        at_least = self.kind == "speed"
+        for limit, name in ((self.reach, "reached"), (self.must, "met")):
+            if value >= limit if at_least else value <= limit:
+                return name
+        return "missed"
+
+
+GPT, SPG = ("soft_mask_", "gpt2-small", "fp32"), ("spg_importance_", "gpt2-small", "fp32")
+MEMORY_RESOLUTION = 0.001  # "none at all" is less than what the measurement can see: 0.1 % of 124 M parameters is 0.5 MB
+TARGETS = (
+    Target(*GPT, "speed", "yardstick", 0.90, 1.00),
+    Target(*GPT, "speed", "compile", 0.95, 1.05),
+    Target(*GPT, "speed", "eager", 2.0, 2.5),
+    Target("soft_mask_", "gpt2-small", "fp32+uint8", "speed", "fp32 importance", 1.2, 1.33),
+    Target(*SPG, "time", "yardstick", 1.5, 1.15),
+    Target(*SPG, "speed", "official", 6.0, 10.0),
+    Target("soft_mask_", "10000x64", "fp32", "speed", "foreach", 4.0, 6.0),
+    Target("soft_mask_", "10000x64", "fp32", "speed", "eager", 15.0, 30.0),
+    Target("soft_mask_", "400x64", "fp32", "time", "foreach", 0.45, 0.30),
+    Target(*GPT, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*SPG, "memory", "P", 0.01, MEMORY_RESOLUTION),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target and what a run says about it."""
+
+    target: Target
+    value: float | None
+    verdict: str
+    reason: str = ""
+
+
+def evaluate(records: Sequence[Record], targets: Sequence[Target] = TARGETS) -> list[Outcome]:
+    """Hold a run's cells against the targets, in their order; every target has an outcome."""
+    by_cell = {(r["op"], r["size"], r["dtype"]): r for r in records}
+    out = []
+    for target in targets:
+        record = by_cell.get((target.op, target.size, target.dtype))
+        value = None if record is None else target.value(record)
+        reason = "" if value is not None else "the cell is not in the run" if record is None else record["not_run"].get(target.against, "")
+        out.append(Outcome(target, value, target.verdict(value), reason))
+    return out

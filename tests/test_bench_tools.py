@@ -1,0 +1,408 @@
+"""The benchmark tools: statistics, promises, the README's sections, the refusal. Nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last: an installed fastcl stays the one that is tested
+
+pytest.importorskip("rich", reason="the benchmarks need pip install 'fastcl[bench]'")
+pytest.importorskip("matplotlib", reason="the benchmarks need pip install 'fastcl[bench]'")
+
+from bench import bench_step, compare, machine, measure, plots, report, targets, yardstick  # noqa: E402
+from bench.cells import DTYPES, Cell, CompileTimeout, Workload, cells, deadline, providers  # noqa: E402
+from fastcl.testing import CASES, SIZES  # noqa: E402
+
+
+def provider(ms: float, extra: int | None = None) -> dict:
+    return {
+        "median_ms": ms,
+        "low_ms": ms * 0.9,
+        "high_ms": ms * 1.1,
+        "samples": 5,
+        "gb_per_s": 12.5,
+        "to_yardstick": None,
+        "extra_bytes": extra,
+    }
+
+
+def record(op: str, size: str, dtype: str, not_run: dict | None = None, extra: int | None = 0, **ms: float) -> dict:
+    shared = {"op": op, "size": size, "dtype": dtype, "tensors": len(SIZES[size]), "elements": 10, "bytes": 120, "rounds": 5}
+    return {**shared, "providers": {n.replace("_", " "): provider(v, extra) for n, v in ms.items()}, "not_run": not_run or {}}
+
+
+def result(*records: dict, name: str = "cpu") -> dict:
+    facts = {
+        "name": name,
+        "cpu": "A Processor",
+        "threads": 2,
+        "instructions": "AVX512",
+        "torch": "2.13.0",
+        "python": "3.12.0",
+        "fastcl": "0.1.0",
+        "backend": "cpp",
+        "yardstick": "compiled",
+        "date": "2026-01-02",
+    }
+    mask = {**provider(10.0), "overhead_percent": {"median": 1.5, "low": 1.0, "high": 2.0}, "peak_bytes_over_none": 0}
+    step = {"model": "MLP", "parameters": 10_000_000, "rounds": 5, "masks": {"none": mask, "fastcl": mask}}
+    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "steps": [step]}
+
+
+GPT = record("soft_mask_", "gpt2-small", "fp32", official=90.0, eager=70.0, foreach=50.0, compile=35.0, fastcl=34.0, yardstick=33.0)
+
+
+def test_spread_is_median_and_quartiles_in_milliseconds():
+    s = measure.Spread.of([0.005, 0.001, 0.004, 0.002, 0.003])
+    assert (s.low, s.median, s.high, s.samples) == pytest.approx((2.0, 3.0, 4.0, 5))
+    one = measure.Spread.of([0.25])
+    assert (one.low, one.median, one.high) == (250.0, 250.0, 250.0)
+    with pytest.raises(ValueError, match="no samples"):
+        measure.Spread.of([])
+
+
+def test_paired_ratio_cancels_what_slows_a_whole_round():
+    other = [[1.0], [2.0], [9.0], [1.5]]
+    ratio = measure.paired_ratio([[2 * r[0]] for r in other], other)
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_every_provider_has_its_turn_in_every_round_on_restored_inputs():
+    log: list[str] = []
+    calls = {n: (lambda n=n: log.append(n)) for n in "abc"}
+
+    def timed(call):
+        assert log[-1] == "reset"
+        call()
+        return 0.0
+
+    times = measure.interleave(calls, lambda: log.append("reset"), timed, seconds=0.0, rounds=(4, 9), burst=2)
+    assert {n: [len(r) for r in by_round] for n, by_round in times.items()} == {n: [2] * 4 for n in "abc"}
+    turns = [n for n in log if n != "reset"][6:]  # after the warm-up
+    rounds = [turns[k : k + 6] for k in range(0, 24, 6)]
+    assert all(sorted(r) == list("aabbcc") and r[0] == r[1] and r[2] == r[3] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1  # the order changes
+
+
+def test_a_slow_provider_leaves_after_the_fewest_rounds():
+    calls = {"slow": lambda: 9.0, "fast": lambda: 0.001}
+    times = measure.interleave(calls, lambda: None, lambda call: call(), seconds=1.0, rounds=(3, 7))
+    assert times == {"slow": [[9.0]] * 3, "fast": [[0.001]] * 7}
+    assert measure.paired_ratio(times["slow"], times["fast"]).samples == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="extra memory on the CPU is read from Linux's /proc")
+def test_extra_memory_sees_temporaries_of_every_allocator():
+    block = 64 << 20
+    found = {
+        "none": measure.extra_bytes(lambda: None, lambda: None),
+        "torch": measure.extra_bytes(lambda: torch.ones(block // 4).sum(), lambda: None),
+        "python": measure.extra_bytes(lambda: len(bytearray(block)), lambda: None),
+        "many": measure.extra_bytes(lambda: [torch.ones(1 << 12) for _ in range(block >> 14)], lambda: None),
+    }
+    if None in found.values():
+        pytest.skip("clear_refs cannot be written in this container")
+    assert found["none"] < 2 << 20
+    for name in ("torch", "python", "many"):
+        assert 0.95 * block < found[name] < 1.2 * block, name
+
+
+def test_working_in_place_shows_no_extra_memory_and_a_copy_shows():
+    x, small = torch.ones(16 << 20), torch.ones(16 << 20, dtype=torch.uint8)
+    in_place, copied = (measure.extra_bytes(call, lambda: None) for call in (lambda: x.mul_(1.0), lambda: x.mul_(1 - small.float())))
+    if in_place is None or copied is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert in_place < 2 << 20 < 60 << 20 < copied
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "other", "verdict"),
+    [
+        ("speed", 10.0, 21.0, "reached"),
+        ("speed", 10.0, 15.0, "met"),
+        ("speed", 10.0, 14.99, "missed"),
+        ("time", 5.0, 10.0, "reached"),
+        ("time", 15.0, 20.0, "met"),
+        ("time", 15.01, 20.0, "missed"),
+    ],
+)
+def test_verdicts(kind, ours, other, verdict):
+    must, reach = (1.5, 2.0) if kind == "speed" else (0.75, 0.5)
+    target = targets.Target("soft_mask_", "400x64", "fp32", kind, "foreach", must, reach)
+    (outcome,) = targets.evaluate([record("soft_mask_", "400x64", "fp32", foreach=other, fastcl=ours)], [target])
+    assert outcome.verdict == verdict
+
+
+def test_nan_is_a_miss():
+    (outcome,) = targets.evaluate(
+        [record("soft_mask_", "400x64", "fp32", foreach=1.0, fastcl=float("nan"))],
+        [targets.Target("soft_mask_", "400x64", "fp32", "speed", "foreach", 0.1, 0.2)],
+    )
+    assert outcome.verdict == "missed"
+
+
+def test_memory_is_a_share_of_the_gradients_bytes():
+    target = next(t for t in targets.TARGETS if t.kind == "memory")
+    size = 4 * targets.elements(SIZES["gpt2-small"])
+    for extra, verdict in ((0, "reached"), (size // 200, "met"), (size // 50, "missed"), (None, "not measured")):
+        (outcome,) = targets.evaluate([record("soft_mask_", "gpt2-small", "fp32", extra=extra, fastcl=1.0)], [target])
+        assert outcome.verdict == verdict
+
+
+def test_a_miss_is_shown_as_missed_and_a_gap_as_not_measured():
+    slow = record("soft_mask_", "gpt2-small", "fp32", {"compile": "no compiler"}, eager=70.0, fastcl=40.0, yardstick=33.0)
+    lines = report.targets_table(result(slow)).splitlines()
+    assert len(lines) == 2 + len(targets.TARGETS)
+    (against_yardstick,) = [x for x in lines if "soft_mask_` | gpt2-small | fp32 | speed, relative to yardstick" in x]
+    assert against_yardstick.endswith("| 0.825 x | **missed** |")
+    (against_compile,) = [x for x in lines if "relative to compile" in x]
+    assert against_compile.endswith("| - | **not measured** no compiler |")
+    (absent,) = [x for x in lines if "400x64" in x]
+    assert "**not measured** the cell is not in the run" in absent
+
+
+def test_targets_name_cells_that_the_default_run_measures():
+    default = {(c.op, c.size, c.dtype): c for c in cells()}
+    for t in targets.TARGETS:
+        assert t.kind == "memory" or t.against in providers(default[(t.op, t.size, t.dtype)], "cpu"), t
+
+
+def test_tables_hold_what_was_measured_and_what_was_not_run():
+    tiny = record(
+        "soft_mask_", "10000x64", "fp32", {"compile": "too long"}, official=9.0, eager=8.0, foreach=7.0, fastcl=1.234, yardstick=0.1
+    )
+    shown = report.cells_table(result(GPT, tiny))
+    assert "| `soft_mask_` | gpt2-small | fp32 | 90.0 | 70.0 | 50.0 | 35.0 | **34.0** | 33.0 | 12.5 | 0.971 |" in shown
+    assert "| 7.00 | - | **1.23** |" in shown
+    assert "* not run: compile, too long (soft_mask_ 10000x64 fp32)." in shown
+
+
+def test_claim_is_computed_from_the_headline_cell():
+    said = report.claim(result(GPT))
+    assert "34.0 ms: 2.65 x official, 2.06 x eager, 1.03 x compile (speed), at 97 %" in said
+    assert report.claim(result()) == report.NONE
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0, "0"), (0.0451, "0.0451"), (1.006, "1.01"), (34.06, "34.1"), (1234.5, "1,234"), (4e-6, "0.00000")]
+)
+def test_numbers_have_three_significant_digits(value, shown):
+    assert report.number(value) == shown
+
+
+README = "# A title\n\n<!-- bench:cpu -->\nold 1 \\1\n<!-- /bench:cpu -->\n\nbetween\n\n<!-- bench:gpu --><!-- /bench:gpu -->\nend\n"
+
+
+def test_sections_are_replaced_between_their_markers_only_and_once():
+    once, absent = report.updated(README, {"cpu": result(GPT)})
+    assert absent == ["claim"]
+    assert once.startswith("# A title\n\n<!-- bench:cpu -->\n")
+    assert once.endswith("<!-- bench:gpu -->\nnot measured yet\n<!-- /bench:gpu -->\nend\n")
+    assert "old 1" not in once
+    assert "\n\nbetween\n\n" in once
+    assert report.updated(once, {"cpu": result(GPT)}) == (once, absent)
+
+
+def test_a_body_with_backslashes_is_taken_as_it_is():
+    assert (
+        report.replace("<!-- bench:cpu --><!-- /bench:cpu -->", "cpu", r"a \1 \g<0> b")[0]
+        == "<!-- bench:cpu -->\na \\1 \\g<0> b\n<!-- /bench:cpu -->"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- bench:cpu -->", "<!-- /bench:cpu --><!-- bench:cpu -->", "<!-- bench:cpu --><!-- /bench:cpu -->" * 2]
+)
+def test_broken_markers_are_refused(text):
+    with pytest.raises(ValueError, match="exactly one"):
+        report.replace(text, "cpu", "x")
+
+
+def test_check_finds_a_stale_readme_and_writes_nothing(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    compare.write(result(GPT), tmp_path)
+    args = ["--readme", str(readme), "--results", str(tmp_path)]
+    assert report.main([*args, "--check"]) == 1
+    assert "does not say what the results say" in capsys.readouterr().err
+    assert readme.read_text() == README
+    assert report.main(args) == 0
+    assert report.main([*args, "--check"]) == 0
+    compare.write(result(record("soft_mask_", "gpt2-small", "fp32", official=80.0, eager=70.0, fastcl=35.0, yardstick=33.0)), tmp_path)
+    assert report.main([*args, "--check"]) == 1
+
+
+def test_check_finds_a_missing_section(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# A title\n")
+    assert report.main(["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path), "--check"]) == 1
+    assert "no section <!-- bench:cpu -->" in capsys.readouterr().err
+
+
+def test_check_finds_a_missing_plot(tmp_path, capsys):
+    (tmp_path / "README.md").write_text(README)
+    compare.write(result(GPT), tmp_path)
+    args = ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path)]
+    assert report.main(args) == 0
+    (tmp_path / "cpu-memory.png").unlink()
+    assert report.main([*args, "--check"]) == 1
+    assert "missing: cpu-memory.png" in capsys.readouterr().err
+
+
+def test_a_gpu_result_fills_the_gpu_section(tmp_path):
+    gpu = result(GPT, name="h100")
+    gpu["machine"] |= {"gpu": "NVIDIA H100", "backend": "cuda"}
+    text, _ = report.updated(README, {"cpu": result(GPT), "h100": gpu})
+    assert report.NONE not in text
+    assert "NVIDIA H100; torch 2.13.0" in text
+    assert "bench/results/h100-memory.png" in text
+    assert [p.name for p in plots.draw(gpu, tmp_path)] == ["h100-memory.png"]
+    assert (tmp_path / "h100-memory.png").stat().st_size > 10_000
+
+
+def test_csv_has_one_row_per_provider_and_names_what_was_not_run(tmp_path):
+    path = compare.write(result(GPT, record("emax_", "400x64", "fp32", {"compile": "why"}, fastcl=1.0, yardstick=0.5)), tmp_path)
+    assert json.loads(path.read_text())["cells"][0] == GPT
+    rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
+    assert [r["provider"] for r in rows] == [
+        "official",
+        "eager",
+        "foreach",
+        "compile",
+        "fastcl",
+        "yardstick",
+        "fastcl",
+        "yardstick",
+        "compile",
+    ]
+    assert rows[6]["times_yardstick"] == "2.0"
+    assert rows[8]["not_run"] == "why"
+    assert rows[8]["median_ms"] == ""
+
+
+def test_bench_refuses_on_red_tests(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # starts in half the time
+    (tmp_path / "test_red.py").write_text("def test_red():\n    raise ValueError('the op is wrong')\n")
+    with pytest.raises(compare.RedTests, match="the op is wrong"):
+        compare.require_green(["test_red.py"], tmp_path)
+    with pytest.raises(compare.RedTests, match=r"test_gone\.py not found"):
+        compare.require_green(["test_gone.py"], tmp_path)
+    (tmp_path / "test_none.py").write_text("")
+    with pytest.raises(compare.RedTests, match="exited with 5"):
+        compare.require_green(["test_none.py"], tmp_path)
+
+
+def test_bench_runs_on_green_tests_and_measures_nothing_on_red(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "test_green.py").write_text("def test_green():\n    assert 1 + 1 == 2\n")
+    compare.require_green(["test_green.py"], tmp_path)
+    monkeypatch.setattr(compare, "require_green", lambda: (_ for _ in ()).throw(compare.RedTests("red")))
+    monkeypatch.setattr(compare, "run", lambda *a, **k: pytest.fail("measured in spite of red tests"))
+    assert compare.main(["--require-green"]) == 1
+    assert "bench: red" in capsys.readouterr().err
+
+
+def test_a_narrowed_run_is_not_written_as_a_result(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run", lambda *a, **k: result(GPT))
+    monkeypatch.setattr(compare, "write", lambda *a: pytest.fail("a narrowed run replaced the results"))
+    assert compare.main(["--op", "soft_mask_", "--quick"]) == 0
+    assert "gpt2-small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("Tesla T4", "t4"), ("NVIDIA A100-SXM4-40GB", "a100")],
+)
+def test_slugs(gpu, name):
+    assert machine.slug(gpu) == name
+
+
+def test_a_yardstick_that_refuses_is_an_error():
+    class Refusing:
+        yardstick_ = staticmethod(lambda written, read: "written[0] is not contiguous")
+        yardstick_read = staticmethod(lambda read: 0)
+
+    class Idle(Refusing):
+        yardstick_ = staticmethod(lambda written, read: None)
+
+    words = [torch.arange(64, dtype=torch.uint8)]
+    with pytest.raises(RuntimeError, match="not contiguous"):
+        yardstick._prove(Refusing, words, words, None)
+    with pytest.raises(RuntimeError, match="wrong bits"):
+        yardstick._prove(Idle, words, words, None)
+
+
+def test_facts_name_no_host_and_no_path():
+    said = json.dumps(machine.facts("cpu"))
+    host = subprocess.run(["uname", "-n"], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(ROOT) not in said
+    assert str(Path.home()) + "/" not in said
+    assert not host or f'"{host}"' not in said
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", CASES)
+def test_yardstick_moves_the_bytes_of_the_case(op, dtype):
+    gradient, stored = DTYPES[dtype]
+    amount = yardstick.traffic(CASES[op], 1000, gradient, stored)
+    assert amount.total == 1000 * CASES[op].bytes_per_element(gradient.itemsize, stored.itemsize)
+    assert amount.read == (1000 * gradient.itemsize if op == "spg_importance_" else 0)
+    yardstick.build(amount, "cpu")()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", CASES)
+def test_every_provider_of_a_cell_does_the_ops_work_from_the_same_inputs(op, dtype, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", [(8, 4), (5,)])
+    work = Workload(Cell(op, "tiny", dtype), "cpu")
+    before = [t.clone() for t in work.args[0]]
+    names = [n for n in providers(work.cell, "cpu") if n not in ("compile", "yardstick")]
+    outcome = {}
+    for name in names:
+        work.add(name)
+        if name in work.calls:
+            work.reset()
+            work.calls[name]()
+            outcome[name] = [t.double() for t in work.args[0]]
+    assert set(outcome) | set(work.not_run) == set(names)
+    assert any(not torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True))
+    tolerance = 1.01 if work.args[0][0].dtype == torch.uint8 else 0.02
+    for name, values in outcome.items():
+        for value, ours in zip(values, outcome["fastcl"], strict=True):
+            torch.testing.assert_close(value, ours, rtol=0.02, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    work.reset()
+    assert all(torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True))
+
+
+def test_long_lists_are_not_compiled_and_the_reason_is_kept():
+    work = Workload(Cell("soft_mask_", "10000x64", "fp32"), "cpu")
+    work.add("compile")
+    assert "compile" not in work.calls
+    assert "10,000 tensors" in work.not_run["compile"]
+
+
+def test_a_compilation_that_never_ends_is_stopped():
+    with pytest.raises(CompileTimeout), deadline(1):
+        threading.Event().wait()
+
+
+def test_a_step_masks_the_same_gradients_with_every_mask(monkeypatch):
+    monkeypatch.setitem(bench_step.MODELS, "tiny", lambda: (torch.nn.Linear(6, 10), torch.randn(4, 6)))
+    work = bench_step.Step("tiny", "cpu")
+    grads = {}
+    for name in ("none", "official", "eager", "foreach", "fastcl"):
+        work.reset()
+        work.step(name)
+        grads[name] = [p.grad.clone() for p in work.params]
+    expected = [g * (1 - i) for g, i in zip(grads["none"], work.importance, strict=True)]
+    for name in ("official", "eager", "foreach", "fastcl"):
+        torch.testing.assert_close(grads[name], expected)
+    assert not torch.equal(grads["none"][0], expected[0])
