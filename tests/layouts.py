@@ -22,6 +22,12 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "tiny tensors": [(n % 7 + 1,) for n in range(400)],
 }
 
+
+def _reversed_dimensions(t: Tensor) -> Tensor:
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order) if t.dim() else t.clone()
+
+
 # Each returns a tensor with the given one's values and another layout.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.clone(),
@@ -29,7 +35,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.clone(),
     "every second": lambda t: torch.stack([t, t], dim=-1)[..., 0] if t.dim() else t.clone(),
     "shifted by one": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-    "reversed dimensions": lambda t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))),
+    "reversed dimensions": _reversed_dimensions,
 }
 
 # Importance that broadcasts to a shape.

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastcl
 from fastcl import ops, reference
-from fastcl.testing import CASES, clone, gradients, importances
+from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
 
 CASE = CASES["soft_mask_"]
 
@@ -34,7 +34,7 @@ def test_shapes(device, shapes, strength):
     check(gradients(shapes, torch.float32, device, 0), importances(shapes, torch.float32, device, 1), strength)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), itertools.product(FLOATING, STORED), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("dtype", "stored"), list(itertools.product(FLOATING, STORED)), ids=lambda d: str(d)[6:])
 def test_dtypes(device, dtype, stored):
     shapes = [(3, 5), (129,), ()]
     check(gradients(shapes, dtype, device, 0), importances(shapes, stored, device, 1), 0.7)
@@ -112,8 +112,6 @@ def test_error_against_float64_is_no_worse_than_torch(device, dtype):
     torch_args = clone(args)
     CASE.providers["eager"](*torch_args)
     CASE.call(*args)
-    from fastcl.testing import largest_error, unit_roundoff
-
     largest = max(float(e.abs().max()) for e in exact[0])
     assert largest_error(args[0], exact[0]) <= 2 * largest_error(torch_args[0], exact[0]) + unit_roundoff(torch.float32) * largest
 
@@ -205,7 +203,7 @@ def test_any_list(device, drawn, seed):
     torch.manual_seed(seed)
     grads, importance = [], []
     for shape, order, step, form, drop, dtype, stored, _ in drawn:
-        g = torch.randn(*shape, device=device).to(dtype)
+        g = torch.randn(shape, device=device).to(dtype)
         grads.append(torch.stack([permuted(g, order)] * step, dim=-1)[..., 0])
         importance.append(
             importances([tuple(n if full else 1 for n, full in zip(shape, form, strict=True))[drop:]], stored, device, seed)[0]
