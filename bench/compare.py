@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", action="append", choices=list(SIZES), default=[], help="only this size (may be repeated)")
     p.add_argument("--dtype", action="append", choices=list(DTYPES), default=[], help="only this dtype (may be repeated)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--seconds", type=float, default=3.0, help="time to spend on one cell, beyond its fewest rounds (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=2.0, help="time to spend on one cell, beyond its fewest rounds (default: %(default)s)")
     p.add_argument("--all", action="store_true", help="every dtype for every size, and torch.compile wherever it ends within a minute")
     p.add_argument("--quick", action="store_true", help="two small sizes, three rounds: shows that it runs, measures nothing")
     p.add_argument("--require-green", action="store_true", help="run the ops' tests first and stop if they are red")
