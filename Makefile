@@ -53,12 +53,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/*.cpp' 'tests/cuda/*.cpp')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/native/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/native/*.cpp' 'tests/cuda/*.cpp')
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel --no-isolation

@@ -109,6 +109,9 @@ class NinjaBuild(build_ext):
         tools, missing = find_tools()
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         targets = {name: package / f"{name}{suffix}" for name in ("_C", "_C_cuda") if name not in missing}
+        for name in missing:  # left from an earlier build in place, it would be loaded in spite of the reason
+            for stale in package.glob(f"{name}.*.so"):
+                stale.unlink()
         if targets:
             self.ninja(tools, targets)
         info = {**missing, "compiler": version(tools["cxx"])} if "_C" in targets else dict(missing)

@@ -23,13 +23,13 @@ def pair_gradients(params: Params, importance: Importance) -> tuple[list[Tensor]
     if isinstance(importance, Mapping):
         if not isinstance(params, nn.Module):
             raise TypeError("importance is a mapping of names, so params must be a Module; got " + type(params).__name__)
-        named = dict(params.named_parameters())
+        named: dict[str, Tensor] = dict(params.named_parameters())
         for name in importance:
             if name not in named:
                 raise ValueError(f"importance[{name!r}] belongs to no parameter of params; its parameters are {_some(list(named))}")
-        pairs = [(named[name], i) for name, i in importance.items()]
+        pairs: list[tuple[Tensor, Tensor]] = [(named[name], i) for name, i in importance.items()]
     else:
-        listed = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
+        listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
         values = _listed("importance", importance)
         if len(values) != len(listed):
             raise ValueError(f"importance has {len(values)} tensors and params has {len(listed)}; pass one for each, in the same order")

@@ -91,7 +91,8 @@ class OpCase:
 
     def in_float64(self, args: Args) -> Args:
         """The same arguments with every floating tensor in float64 (copies)."""
-        return clone(args, torch.float64)
+        copied: Args = clone(args, torch.float64)
+        return copied
 
 
 def clone(value: Any, floating: torch.dtype | None = None) -> Any:
@@ -153,8 +154,9 @@ def _soft_mask_eager(grads: list[Tensor], importance: list[Tensor], strength: fl
 
 
 def _soft_mask_foreach(grads: list[Tensor], importance: list[Tensor], strength: float = 1.0) -> None:
-    same = [_decode(i).to(g.dtype) for g, i in zip(grads, importance, strict=True)]
-    torch._foreach_addcmul_(grads, grads, same, value=-strength)
+    if any(i.dtype != g.dtype for g, i in zip(grads, importance, strict=True)):
+        importance = [_decode(i).to(g.dtype) for g, i in zip(grads, importance, strict=True)]
+    torch._foreach_addcmul_(grads, grads, importance, value=-strength)
 
 
 def _emax_args(shapes: Sequence[Shape], dtype: torch.dtype, stored: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastcl.kernels._lists import CAPACITIES, encode, launches, padded_capacity
 from fastcl.kernels._math import address, pick, place, read
-from torch import Tensor
 
 _CHUNK = 1024  # partial results that one step of the combining program takes
 

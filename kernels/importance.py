@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastcl.kernels._lists import launches, on_device
 from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, write
 from fastcl.kernels._moments import moments
-from torch import Tensor
 
 _HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
 _CHUNK = 1024  # partial sums that one step of the last program takes

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastcl.kernels._lists import launches, on_device
 from fastcl.kernels._math import address, decode, encode, pick, place, precision, read, write
-from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]

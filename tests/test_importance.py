@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import BROADCASTS, CHUNK, FLOATING, LAYOUTS, SHAPES, STORED, identical
 
 import fastcl
 from fastcl import ops, reference
 from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
+from layouts import BROADCASTS, CHUNK, FLOATING, LAYOUTS, SHAPES, STORED, identical
 
 SPG = CASES["spg_importance_"]
 

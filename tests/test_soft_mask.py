@@ -6,12 +6,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import BROADCASTS, FLOATING, LAYOUTS, SHAPES, STORED, identical
 from torch import nn
 
 import fastcl
 from fastcl import ops, reference
 from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
+from layouts import BROADCASTS, FLOATING, LAYOUTS, SHAPES, STORED, identical
 
 CASE = CASES["soft_mask_"]
 

@@ -13,10 +13,11 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
-from fastcl.kernels import _lists, _moments, importance, soft_mask  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from fastcl.kernels import _lists, _moments, importance, soft_mask  # noqa: E402
 
 F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
 TARGETS = {

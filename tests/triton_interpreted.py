@@ -7,10 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastcl.kernels import _lists, _math, importance
 from torch import Tensor
 
 from fastcl import backends, ops, reference
+from fastcl.kernels import _lists, _math, importance
 from fastcl.reference._storage import decode
 from fastcl.testing import CASES, clone, largest_error, unit_roundoff
 

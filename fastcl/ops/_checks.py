@@ -63,9 +63,8 @@ def not_recorded(name: str, written: Sequence[Tensor]) -> None:
     if torch.is_grad_enabled():
         for i, t in enumerate(written):
             if t.requires_grad:
-                raise ValueError(
-                    f"{name}[{i}] requires grad, and this op is not differentiable; pass {name}[{i}].detach() or call it under torch.no_grad()"
-                )
+                remedy = f"pass {name}[{i}].detach() or call it under torch.no_grad()"
+                raise ValueError(f"{name}[{i}] requires grad, and this op is not differentiable; {remedy}")
 
 
 def same_length(name: str, value: Sequence[object], other_name: str, other: Sequence[object]) -> None:
@@ -128,8 +127,13 @@ def _overlaps_itself(t: Tensor) -> bool:
     return False
 
 
-def no_overlap(written_name: str, written: Sequence[Tensor], read_name: str, read: Sequence[Tensor]) -> None:
-    """No written tensor shares memory with another tensor, except with its own partner element for element."""
+def no_overlap(
+    written_name: str, written: Sequence[Tensor], read_name: str, read: Sequence[Tensor], *, partners_may_be_equal: bool = True
+) -> None:
+    """No written tensor shares memory with another tensor, except with its own partner element for element if that is allowed.
+
+    Views that interleave in one buffer count as sharing: telling them apart would cost a look at every element.
+    """
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written, *read)):
         return
     spans = []
@@ -140,7 +144,7 @@ def no_overlap(written_name: str, written: Sequence[Tensor], read_name: str, rea
             raise ValueError(f"{written_name}[{i}] has elements that share memory (strides {w.stride()}); pass a .contiguous() copy")
         spans.append((*_span(w), True, i))
     for i, r in enumerate(read):
-        if r.numel() and not (i < len(written) and _same_view(written[i], r)):
+        if r.numel() and not (partners_may_be_equal and i < len(written) and _same_view(written[i], r)):
             spans.append((*_span(r), False, i))
     spans.sort()
     # A sweep over the sorted ranges needs the furthest end of writes and of reads seen so far, and nothing else.
@@ -150,7 +154,9 @@ def no_overlap(written_name: str, written: Sequence[Tensor], read_name: str, rea
             if begin < other_end and (writes or other_writes):
                 a = f"{written_name if writes else read_name}[{i}]"
                 b = f"{written_name if other_writes else read_name}[{j}]"
-                raise ValueError(f"{a} and {b} share memory, so the result would depend on the order of writes; pass a copy of one")
+                raise ValueError(
+                    f"{a} and {b} share memory or interleave in it, so the result could depend on the order of writes; pass a copy of one"
+                )
         ends[writes] = max(ends.get(writes, (0, 0)), (end, i))
 
 

@@ -108,8 +108,8 @@ def _check_spg(accumulated: Sequence[Tensor], grads: Sequence[Tensor], heads: in
         _checks.dense(name, head, _checks.FLOATING)
         _checks.same_device(name, head, "accumulated", accumulated)
         _checks.same_shape(name, head, "accumulated", accumulated)
-        # A gradient may be the accumulator's partner but not its memory: every head's statistics are read before the first write.
-        _checks.no_overlap("accumulated", accumulated, name, [*head])
+        # Not even its own partner: the heads are read after the first of them has been written.
+        _checks.no_overlap("accumulated", accumulated, name, head, partners_may_be_equal=False)
     return by_head
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import FLOATING, LAYOUTS, STORED, identical
 
 from fastcl import _native, backends, ops, reference, use_backend
 from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
+from layouts import FLOATING, LAYOUTS, STORED, identical
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")]
 
