@@ -154,11 +154,10 @@ struct Store<Float16, double> {
 template <class C>
 struct Store<uint8_t, C> {
   static FASTCL_HD uint8_t from(C x) {
-    const C inside = x < C(0) ? C(0) : x > C(1) ? C(1) : x;
-    const C scaled = inside * C(255);
-    const bool number = scaled == scaled;
-    const int floor = number ? int(scaled) : 255;  // a NaN protects fully
-    return uint8_t(floor + (number && load<C>(uint8_t(floor)) < inside));
+    const C below = x < C(1) ? x : C(1);  // a NaN protects fully
+    const C inside = below > C(0) ? below : C(0);
+    const int floor = int(inside * C(255));
+    return uint8_t(floor + (load<C>(uint8_t(floor)) < inside));
   }
 };
 

@@ -1,6 +1,8 @@
 // |tanh x| in plain arithmetic, so that loops vectorise on every processor and CPU and GPU agree.
 #pragma once
 
+#include <cmath>
+
 #include "core/platform.h"
 
 namespace fastcl {
@@ -8,7 +10,7 @@ namespace fastcl {
 // With 2|x| = k ln 2 + r, |r| <= ln 2 / 2:  expm1(2|x|) = 2^k expm1(r) + (2^k - 1)  and  tanh = expm1 / (expm1 + 2). For small x, k is 0
 // and nothing cancels; expm1(r) is its Taylor polynomial, whose truncation is below a quarter of an ulp on this range.
 FASTCL_HD float abs_tanh(float x) {
-  float y = 2 * (x < 0 ? -x : x);
+  float y = 2 * fabsf(x);
   y = y > 19.0f ? 19.0f : y;        // tanh(9.5) rounds to 1; a NaN passes
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer that sits in the low bits
   const float shifted = y * 1.44269504f + round;
@@ -28,7 +30,7 @@ FASTCL_HD float abs_tanh(float x) {
 }
 
 FASTCL_HD double abs_tanh(double x) {
-  double y = 2 * (x < 0 ? -x : x);
+  double y = 2 * fabs(x);
   y = y > 40.0 ? 40.0 : y;
   const double round = 6755399441055744.0;  // 1.5 * 2^52
   const double shifted = y * 1.4426950408889634 + round;

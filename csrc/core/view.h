@@ -13,23 +13,32 @@ namespace fastcl {
 
 enum class Device : uint8_t { cpu, cuda, other };
 
-// Borrowed memory: the caller keeps the tensors alive for the length of the call.
+// Borrowed memory: the caller keeps the tensors alive for the length of the call. What every step of a call asks for is worked out once,
+// while the shape is in the cache: with thousands of tensors each look at it again is a miss.
 struct View {
-  char* data;
-  const int64_t* shape;
-  const int64_t* strides;  // in elements
-  int32_t ndim;
-  DType dtype;
-  Device device;
-  int32_t device_index;
+  char* data = nullptr;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;  // in elements
+  int32_t ndim = 0;
+  DType dtype = DType::other;
+  Device device = Device::other;
+  bool contiguous = true;  // with any stride where a size is 1
+  int32_t device_index = 0;
+  int64_t elements = 0;
 
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int d = 0; d < ndim; ++d) n *= shape[d];
-    return n;
+  View() = default;
+  View(char* data, const int64_t* shape, const int64_t* strides, int32_t ndim, DType dtype, Device device, int32_t device_index)
+      : data(data), shape(shape), strides(strides), ndim(ndim), dtype(dtype), device(device), device_index(device_index), elements(1) {
+    for (int d = ndim - 1; d >= 0; --d) {
+      contiguous = contiguous && (shape[d] == 1 || strides[d] == elements);
+      elements *= shape[d];
+    }
   }
+
+  int64_t numel() const { return elements; }
   // One past the last byte that the view reaches.
   const char* end() const {
+    if (contiguous) return data + elements * size_of(dtype);
     int64_t last = 0;
     for (int d = 0; d < ndim; ++d) last += (shape[d] - 1) * strides[d];
     return data + (last + 1) * size_of(dtype);
@@ -43,15 +52,7 @@ struct Refusal : std::runtime_error {
       : std::runtime_error(std::string(argument) + "[" + std::to_string(index) + "] " + reason) {}
 };
 
-// A contiguous view may have any stride where its size is 1.
-inline bool is_contiguous(const View& v) {
-  int64_t expected = 1;
-  for (int d = v.ndim - 1; d >= 0; --d) {
-    if (v.shape[d] != 1 && v.strides[d] != expected) return false;
-    expected *= v.shape[d];
-  }
-  return true;
-}
+inline bool is_contiguous(const View& v) { return v.contiguous; }
 
 // The common iteration order of a tensor and of others that broadcast to it, in as few dimensions as their strides allow, innermost
 // first. Contiguous tensors, and any with equal dense strides, become one dimension.
@@ -115,6 +116,7 @@ void walk(const Layout& layout, int64_t begin, int64_t end, Visit&& visit) {
 
 inline bool broadcasts(const View& read, const View& written) {
   if (read.ndim > written.ndim) return false;
+  if (written.ndim == 1) return read.elements == written.elements || read.elements == 1;
   for (int r = 0; r < read.ndim; ++r) {
     const int64_t size = read.shape[r];
     if (size != 1 && size != written.shape[r + written.ndim - read.ndim]) return false;
@@ -122,7 +124,9 @@ inline bool broadcasts(const View& read, const View& written) {
   return true;
 }
 
-inline bool same_shape(const View& a, const View& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
+inline bool same_shape(const View& a, const View& b) {
+  return a.ndim == b.ndim && a.elements == b.elements && (a.ndim == 1 || std::equal(a.shape, a.shape + a.ndim, b.shape));
+}
 
 inline bool same_layout(const View& a, const View& b) {
   return a.data == b.data && a.dtype == b.dtype && same_shape(a, b) && std::equal(a.strides, a.strides + a.ndim, b.strides);
