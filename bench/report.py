@@ -1,12 +1,14 @@
 """Write the README's benchmark sections and the plots from bench/results/*.json; no number is typed by hand.
 
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
+``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import re
@@ -23,6 +25,7 @@ from bench.cells import ORDER
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
+DEMO = machine.ROOT / "docs" / "demo"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
@@ -145,6 +148,23 @@ def section(result: Mapping[str, Any], pictures: bool = True) -> str:
     return "\n\n".join(parts)
 
 
+def demo(folder: Path = DEMO) -> str:
+    """The demo's table and its two plots, from what it wrote."""
+    if not (folder / "summary.csv").is_file():
+        return NONE
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def percent(row: Mapping[str, str], name: str) -> str:
+        return f"{100 * float(row[name + '_mean']):.1f} ± {100 * float(row[name + '_std']):.1f}" if row[name + "_mean"] else "-"
+
+    shown = [[r["method"], f"{r['width']}, {r['lr']}, {r['epochs']}", percent(r, "acc"), percent(r, "forgetting")] for r in rows]
+    head = ("method", "width, lr, epochs", "ACC, %", "forgetting, %")
+    return "\n\n".join(
+        [table(head, shown, text=range(2)), "![accuracy matrices](docs/demo/matrix.png)", "![accuracy along the stream](docs/demo/curve.png)"]
+    )
+
+
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results by device name."""
     return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
@@ -157,6 +177,7 @@ def sections(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "claim": claim(results["cpu"]) if "cpu" in results else NONE,
         "cpu": section(results["cpu"]) if "cpu" in results else NONE,
         "gpu": "\n\n".join(section(r) for r in gpus) if gpus else NONE,
+        "demo": demo(),
     }
 
 
