@@ -125,7 +125,7 @@ def record(wheel: Path, outcomes: list[Outcome], seconds: float) -> str:
         "Written by `make wheel-check`; not edited by hand.",
         "",
         f"* Wheel: `{wheel.name}`, one file for all rows, with {' and '.join(modules(wheel)) or 'no compiled module'}",
-        f"* Python {platform.python_version()}, {platform.system()} {platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}",
+        f"* Python {platform.python_version()}, {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         f"* {datetime.date.today().isoformat()}, {seconds / 60:.0f} minutes; on the CPU alone",
         "",
         *table(outcomes),
