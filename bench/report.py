@@ -161,7 +161,11 @@ def demo(folder: Path = DEMO) -> str:
     shown = [[r["method"], f"{r['width']}, {r['lr']}, {r['epochs']}", percent(r, "acc"), percent(r, "forgetting")] for r in rows]
     head = ("method", "width, lr, epochs", "ACC, %", "forgetting, %")
     return "\n\n".join(
-        [table(head, shown, text=range(2)), "![accuracy matrices](docs/demo/matrix.png)", "![accuracy along the stream](docs/demo/curve.png)"]
+        [
+            table(head, shown, text=range(2)),
+            "![accuracy matrices](docs/demo/matrix.png)",
+            "![accuracy along the stream](docs/demo/curve.png)",
+        ]
     )
 
 

@@ -25,7 +25,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("cuda") / "host"
-    sources = [ROOT / "tests/cuda/host.cpp", ROOT / "csrc/cpu/soft_mask.cpp", ROOT / "csrc/cpu/importance.cpp"]
+    sources = [ROOT / "tests/cuda/host.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DFASTCL_NO_CLONES", f"-I{ROOT / 'csrc'}"]
     # A misaligned vector works on most CPUs and is an error on a GPU.
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]

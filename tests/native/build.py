@@ -14,7 +14,7 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [Path(__file__).with_name("bindings.cpp"), *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("soft_mask", "importance"))]
+SOURCES = [Path(__file__).with_name("bindings.cpp"), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
 # The sanitizers watch one version of each loop; the plain build has all versions, as the package has.
 VARIANTS = {
