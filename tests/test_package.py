@@ -442,7 +442,7 @@ class TestSetup:
         monkeypatch.setenv("FASTCL_CUDA", "1")
         if name != "PATH":
             monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit, match=f"FASTCL_CUDA=1 was set, but fastcl._C_cuda was not built: .*{reason}"):
+        with pytest.raises(SystemExit, match=f"FASTCL_CUDA=1 was set, but fastcl._C_cuda was not built: .*{re.escape(reason)}"):
             setup.find_tools()
 
     @pytest.mark.parametrize("package", ["pybind11", "ninja"])
