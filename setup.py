@@ -67,8 +67,8 @@ def find_tools() -> tuple[dict[str, str], dict[str, str]]:
         missing["_C_cuda"] = "not built: FASTCL_CUDA=0 was set at build time; reinstall without it"
     elif not nvcc:
         missing["_C_cuda"] = "not built: nvcc was not found; install the CUDA toolkit (or set NVCC) and reinstall fastcl"
-        if wanted == "1":
-            raise SystemExit("FASTCL_CUDA=1 was set, but nvcc was not found; put it on PATH or set NVCC")
+    if wanted == "1" and "_C_cuda" in missing:
+        raise SystemExit(f"FASTCL_CUDA=1 was set, but fastcl._C_cuda was {missing['_C_cuda']}")
     tools["nvcc"] = nvcc
     return tools, missing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import json
 import re
 from pathlib import Path
@@ -42,14 +43,22 @@ def load(name: str) -> ModuleType | str:
     try:
         module = importlib.import_module(f"fastcl.{name}")
     except ModuleNotFoundError:
-        return build_info().get(name, f"fastcl.{name} is not part of this installation; reinstall fastcl where a compiler is found")
+        return _absent(name)
     except ImportError as error:
         return f"fastcl.{name} failed to load: {error}; reinstall fastcl for this Python and this system"
     try:
         module.connect(torch.Tensor, torch.nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__, *_thread_pool())
-    except (RuntimeError, AttributeError, OSError) as error:
+    except (RuntimeError, AttributeError, OSError, TypeError, ValueError) as error:
         return f"fastcl.{name} cannot connect to torch {torch.__version__}: {error}"
     return module
+
+
+def _absent(name: str) -> str:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    others = [path.name for path in Path(__file__).parent.glob(f"{name}.*.so")]
+    if others:
+        return f"fastcl.{name} was built for another Python ({', '.join(others)}; this one loads {name}{suffix}); reinstall fastcl"
+    return build_info().get(name, f"fastcl.{name} is not part of this installation; reinstall fastcl where a compiler is found")
 
 
 def _thread_pool() -> tuple[int, int]:

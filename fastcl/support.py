@@ -70,6 +70,14 @@ def support() -> dict[str, Any]:
     }
 
 
+def _built(build: dict[str, str], compiler: str, module: str) -> str:
+    return (
+        f"compiled with {build[compiler]}"
+        if compiler in build
+        else build.get(module, "unknown: this installation has no record of its build")
+    )
+
+
 def render(data: dict[str, Any]) -> str:
     """The same for people."""
     v, cpu = data["versions"], data["cpu"]
@@ -77,7 +85,8 @@ def render(data: dict[str, Any]) -> str:
         f"fastcl {v['fastcl']}  (Python {v['python']}, torch {v['torch']}, triton {v['triton'] or 'not installed'}, {data['platform']})",
         f"CPU: {cpu['capability']}, {cpu['threads']} threads",
         *(f"GPU {n}: {g['name']}, compute capability {g['capability']}, {g['memory_gib']} GiB" for n, g in enumerate(data["gpus"])),
-        f"compiled with: {data['build'].get('compiler', 'no C++ compiler')}; CUDA: {data['build'].get('nvcc', 'not compiled')}",
+        f"C++: {_built(data['build'], 'compiler', '_C')}",
+        f"CUDA: {_built(data['build'], 'nvcc', '_C_cuda')}",
         f"backend asked for: {data['requested_backend']}",
         "",
         f"{'op':<18} {'on the CPU':<12} on NVIDIA GPUs",
