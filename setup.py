@@ -54,7 +54,8 @@ def find_tools() -> tuple[dict[str, str], dict[str, str]]:
     except ImportError as error:
         missing["_C"] = f"not built: the Python package {error.name} was missing at build time; pip install pybind11 ninja and reinstall"
     if not cxx or not shutil.which(cxx.split()[0]):
-        missing["_C"] = "not built: no C++ compiler was found; install g++ and reinstall fastcl"
+        named = f" (CXX names {cxx!r})" if cxx else ""
+        missing["_C"] = f"not built: no C++ compiler was found; install g++ and reinstall fastcl{named}"
     if os.environ.get("FASTCL_NATIVE") == "0":
         missing["_C"] = "not built: FASTCL_NATIVE=0 was set at build time; reinstall without it"
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or ""

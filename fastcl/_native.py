@@ -58,6 +58,9 @@ def _absent(name: str) -> str:
     others = [path.name for path in Path(__file__).parent.glob(f"{name}.*.so")]
     if others:
         return f"fastcl.{name} was built for another Python ({', '.join(others)}; this one loads {name}{suffix}); reinstall fastcl"
+    checkout = Path(__file__).parents[1]
+    if not build_info() and (checkout / "setup.py").is_file():
+        return f"this is fastcl's source folder ({checkout.name}), which hides an installed fastcl; start Python elsewhere, or build here"
     return build_info().get(name, f"fastcl.{name} is not part of this installation; reinstall fastcl where a compiler is found")
 
 

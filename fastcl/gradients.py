@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ Params = nn.Module | Iterable[Tensor]
 Importance = Mapping[str, Tensor] | Sequence[Tensor]
 
 
-def pair_gradients(params: Params, importance: Importance) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients that exist and the importance that belongs to each.
+def pair_gradients(params: Params, importance: Importance) -> tuple[list[Tensor], list[Tensor], list[str | int]]:
+    """The gradients that exist, the importance that belongs to each, and what the caller calls it (a name or an index).
 
     Raises:
         TypeError: ``params`` is a tensor or holds something else, or ``importance`` is a mapping while ``params`` has no names.
@@ -24,18 +25,20 @@ def pair_gradients(params: Params, importance: Importance) -> tuple[list[Tensor]
         if not isinstance(params, nn.Module):
             raise TypeError("importance is a mapping of names, so params must be a Module; got " + type(params).__name__)
         named: dict[str, Tensor] = dict(params.named_parameters())
-        for name in importance:
+        for name, value in importance.items():
             if name not in named:
                 raise ValueError(f"importance[{name!r}] belongs to no parameter of params; its parameters are {_some(list(named))}")
-        pairs: list[tuple[Tensor, Tensor]] = [(named[name], i) for name, i in importance.items()]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"importance[{name!r}] must be a tensor, got {type(value).__name__}")
+        rows: list[tuple[str | int, Tensor, Tensor]] = [(name, named[name], i) for name, i in importance.items()]
     else:
         listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
         values = _listed("importance", importance)
         if len(values) != len(listed):
             raise ValueError(f"importance has {len(values)} tensors and params has {len(listed)}; pass one for each, in the same order")
-        pairs = list(zip(listed, values, strict=True))
-    kept = [(p.grad, i) for p, i in pairs if p.grad is not None]
-    return [g for g, _ in kept], [i for _, i in kept]
+        rows = [(index, p, i) for index, (p, i) in enumerate(zip(listed, values, strict=True))]
+    kept = [(p.grad, i, label) for label, p, i in rows if p.grad is not None]
+    return [g for g, _, _ in kept], [i for _, i, _ in kept], [label for _, _, label in kept]
 
 
 def _listed(name: str, value: Any) -> list[Tensor]:
@@ -64,4 +67,10 @@ def mask_gradients_(params: Params, importance: Importance, *, strength: float =
     Raises:
         TypeError, ValueError: as :func:`fastcl.ops.soft_mask_`, and for names or lengths that do not fit. Nothing has been written then.
     """
-    ops.soft_mask_(*pair_gradients(params, importance), strength)
+    grads, values, labels = pair_gradients(params, importance)
+    try:
+        ops.soft_mask_(grads, values, strength)
+    except (TypeError, ValueError) as error:
+        # The op counts the gradients that exist; the caller knows names, or positions among all parameters.
+        message = re.sub(r"\b(grads|importance)\[(\d+)\]", lambda m: f"{m[1]}[{labels[int(m[2])]!r}]", str(error))
+        raise type(error)(message) from None

@@ -293,7 +293,9 @@ class TestMaskGradients:
             (lambda m: (m.body.weight, [torch.rand(3, 4)]), TypeError, "params must be a Module or an iterable"),
             (lambda m: (m, torch.rand(6)), TypeError, "importance must be"),
             (lambda m: (["a"], [torch.rand(1)]), TypeError, r"params\[0\] must be a tensor, got str"),
-            (lambda m: (m, {"body.weight": 0.5}), TypeError, "importance"),
+            (lambda m: (m, {"body.weight": 0.5}), TypeError, "importance.'body.weight'. must be a tensor, got float"),
+            (lambda m: (m, {"body.weight": torch.rand(3, 4), "head.bias": torch.rand(7)}), ValueError, "importance.'head.bias'. has shape"),
+            (lambda m: ([m.unused.bias, m.head.bias], [torch.rand(2), torch.rand(7)]), ValueError, r"importance\[1\] has shape"),
         ],
     )
     def test_bad_input(self, device, make, error, message):

@@ -662,3 +662,51 @@ def test_importance_follows_the_model_to_another_device():
     model.cpu()
     spg.end_task(batches(2), loss_fn)
     assert not spg.mean.is_cuda
+
+
+def test_every_damaged_byte_of_the_header_is_noticed(tmp_path):
+    _, spg = trained_for_damage()
+    path = tmp_path / "spg.safetensors"
+    spg.save(path)
+    content = path.read_bytes()
+    at = content.index(b'"tasks_seen":"') + len(b'"tasks_seen":"')
+    dtype = content.index(b'"dtype":"F16"')
+    for damaged in (content[:at] + b"0" + content[at + 1 :], content[:dtype] + b'"dtype":"BF16"' + content[dtype + 13 :]):
+        if len(damaged) != len(content):  # one byte longer: the header states its own length
+            length = int.from_bytes(content[:8], "little") + len(damaged) - len(content)
+            damaged = length.to_bytes(8, "little") + damaged[8:]
+        path.write_bytes(damaged)
+        before = spg.state_dict()
+        with pytest.raises(ValueError, match=r"spg\.safetensors"):
+            spg.load(path)
+        after = spg.state_dict()
+        assert after["tasks_seen"] == before["tasks_seen"]
+        assert all(torch.equal(after["importance"][n], t) for n, t in before["importance"].items())
+
+
+def test_pickles(tmp_path):
+    import pickle
+
+    _, spg = trained_for_damage()
+    again = pickle.loads(pickle.dumps(spg))
+    assert again.tasks_seen == spg.tasks_seen
+    assert all(torch.equal(again.importance[n], t) for n, t in spg.importance.items())
+
+
+def trained_for_damage():
+    torch.manual_seed(0)
+    model = DamageNet()
+    spg = SPG(model, model.heads, dtype=torch.float16)
+    loader = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    spg.end_task(loader, torch.nn.functional.cross_entropy)
+    return model, spg
+
+
+class DamageNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 5)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x, task):
+        return self.heads[task](self.body(x).relu())

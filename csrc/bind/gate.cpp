@@ -97,8 +97,9 @@ bool Gate::take(const char* name, py::handle list, Access access, bool accepts_u
     // Thousands of tensors are thousands of cache misses, one after the other; fetching ahead overlaps them. The words after an object's
     // head are only guessed to be its address of the C++ tensor: a wrong guess fetches a useless line and harms nothing.
     if (i + 16 < n) __builtin_prefetch(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i + 16)));
-    if (i + 8 < n) {
-      const auto* words = reinterpret_cast<void* const*>(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i + 8)) + 1);
+    PyObject* const soon = i + 8 < n ? PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i + 8)) : nullptr;
+    if (soon != nullptr && Py_TYPE(soon) == torch_runtime().tensor) {  // anything else may be too small to have these words
+      const auto* words = reinterpret_cast<void* const*>(soon + 1);
       for (int w = 0; w < 2; ++w)
         for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(words[w]) + 64 * line);
     }

@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the tensors' bytes in the order of their names."""
-    crc = 0
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """CRC-32 of the header without the checksum, and of the tensors' names, dtypes, shapes and bytes in the order of their names."""
+    stated = sorted((key, value) for key, value in header.items() if key != "checksum")
+    crc = zlib.crc32(repr(stated).encode())
     for name in sorted(tensors):
         t = tensors[name]
+        crc = zlib.crc32(repr((name, str(t.dtype), tuple(t.shape))).encode(), crc)
         size = t.numel() * t.element_size()
         if size:
             crc = zlib.crc32((ctypes.c_char * size).from_address(t.data_ptr()), crc)
@@ -37,7 +39,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     try:
         mode = partial.stat().st_mode  # what the user's umask gives a new file; safetensors makes its own private
         try:
-            save_file(stored, partial, metadata={**header, "checksum": _checksum(stored)})
+            save_file(stored, partial, metadata={**header, "checksum": _checksum(stored, header)})
         except SafetensorError as error:
             raise OSError(f"{target} cannot be written: {error}") from error
         partial.chmod(mode)
@@ -68,6 +70,6 @@ def read(path: str | os.PathLike[str], format: str, version: int) -> tuple[dict[
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or it is damaged: {error}") from error
-    if header.get("checksum") != _checksum(tensors):
-        raise ValueError(f"{path} is damaged: its tensors do not have the checksum {header.get('checksum')!r} that its header states")
+    if header.get("checksum") != _checksum(tensors, header):
+        raise ValueError(f"{path} is damaged: its content does not have the checksum {header.get('checksum')!r} that its header states")
     return tensors, header

@@ -99,7 +99,7 @@ class SPG:
         self._model = model
         self._heads = len(heads)
         self._dtype = dtype
-        self._forward: Forward = forward if forward is not None else lambda model, x, head: model(x, head)
+        self._forward: Forward = forward if forward is not None else _call_with_head
         self._state = self._new_state(0, self._zeros())
 
     @property
@@ -118,7 +118,9 @@ class SPG:
         return self._state.mean
 
     def after_backward(self) -> None:
-        """Mask the gradients; call it after ``backward()`` and before the optimizer's step. Does nothing during the first task.
+        """Mask the gradients; call it once between the last ``backward()`` and the optimizer's step. Does nothing in the first task.
+
+        When gradients of several micro-batches accumulate, call it after the last one: every call masks what is there.
 
         One call of :func:`fastcl.ops.soft_mask_`, without a host sync. Gradients that are None are skipped.
 
@@ -271,11 +273,17 @@ class SPG:
         tensors, header = _checkpoint.read(path, FORMAT, VERSION)
         tasks_seen = header.get("tasks_seen", "")
         try:
-            if not tasks_seen.isdecimal():
+            if not (tasks_seen.isascii() and tasks_seen.isdecimal() and len(tasks_seen) < 10):
                 raise ValueError(f"tasks_seen is {tasks_seen!r}, not a whole number")
             self.load_state_dict({"format": FORMAT, "version": VERSION, "tasks_seen": int(tasks_seen), "importance": tensors})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit: {error}") from error
+
+
+def _call_with_head(model: nn.Module, x: Any, head: int) -> Tensor:
+    """The default forward; a named function, so that an SPG can be pickled."""
+    logits: Tensor = model(x, head)
+    return logits
 
 
 def _sum_of_logits(logits: Tensor, _: Any) -> Tensor:

@@ -27,6 +27,14 @@ def listed(name: str, value: object) -> None:
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
         if t.is_nested:  # the dispatcher has no fallback for them and says so in 200 lines
             raise TypeError(f"{name}[{i}] must be a dense tensor, got a nested one; pass its .unbind() tensors")
+        # Before the dispatcher sees it, whose own error names no argument. torch.compile cannot ask, and materialises such views.
+        if not torch.compiler.is_compiling():
+            _not_negated(name, i, t)
+
+
+def _not_negated(name: str, i: int, t: Tensor) -> None:
+    if t.is_neg():
+        raise TypeError(f"{name}[{i}] is a lazily negated view, whose memory does not hold its value; pass {name}[{i}].resolve_neg()")
 
 
 def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
@@ -37,8 +45,7 @@ def dense(name: str, value: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
             raise TypeError(f"{name}[{i}] must be a dense tensor, got {kind}; convert it with .to_dense() or .dequantize()")
         if t.dtype not in dtypes:
             raise TypeError(f"{name}[{i}] has dtype {_names([t.dtype])}; accepted are {_names(dtypes)}")
-        if t.is_neg():
-            raise TypeError(f"{name}[{i}] is a lazily negated view, whose memory does not hold its value; pass {name}[{i}].resolve_neg()")
+        _not_negated(name, i, t)
         if type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda):
             _in_memory(name, i, t)
 

@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 
 from fastcl import _native, backends
 
 
 def traced() -> bool:
-    """Whether someone needs to see the call as an operator: torch.compile, a dispatch mode, functorch or the profiler.
+    """Whether someone needs to see the call as an operator: torch.compile, a dispatch mode or the profiler.
 
-    Raises RuntimeError under torch.jit.trace, which would drop the operator from its graph: it takes a list that is written to for unused.
+    Raises RuntimeError where the result would silently be wrong: under torch.jit.trace, which drops operators that write into lists from
+    its graph, and under torch.func transforms and forward-mode AD, which would not see that the values have changed.
     """
     if torch.compiler.is_compiling():
         return True
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace loses operators that write into lists of tensors; use torch.compile or torch.export")
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        raise RuntimeError("fastcl's ops are not differentiable: call them outside of torch.func transforms and forward-mode AD")
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
 
 
 def gate(op: str, written: Sequence[Tensor], *args: Any) -> bool:

@@ -61,7 +61,8 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
         h   = | tanh((g - mean g) / std g) |        std unbiased (n - 1)
         a  <- max(a, max over heads of h)
 
-    A tensor whose standard deviation is 0 (constant, all zero, one element) gets importance 0, where the authors' code divides 0 by 0.
+    A tensor whose standard deviation is 0 (constant, all zero, one element) gets importance 0, where the authors' code divides 0 by 0;
+    so does a float64 tensor whose variance leaves double's range (standard deviation below 1e-162 or above 1e154).
     A tensor with a NaN or an Inf gets NaN in all its elements. Mean and variance are accumulated in float64 in a fixed order: the
     result does not depend on the number of threads.
 

@@ -259,3 +259,23 @@ def test_a_list_that_another_thread_changes_during_the_call() -> None:
         stop.set()
         thread.join()
     assert all(t.equal(torch.ones(40_000)) for t in tensors)
+
+
+def test_a_small_object_at_the_end_of_readable_memory_in_a_list() -> None:
+    # The gate fetches ahead in the list; what stands there may be smaller than a tensor and end where memory ends.
+    import ctypes
+    import mmap
+
+    page = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(page))  # stays, since the object in it does
+    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    head = start + mmap.PAGESIZE - object.__basicsize__
+    words = ctypes.cast(head, ctypes.POINTER(ctypes.c_ssize_t))
+    words[0], words[1] = 1 << 20, id(object)
+    small = ctypes.cast(head, ctypes.py_object).value
+    grads = [torch.zeros(2) for _ in range(9)]
+    grads[8] = small
+    with pytest.raises(TypeError, match=r"grads\[8\] must be a tensor, got object"):
+        ops.soft_mask_(grads, [torch.zeros(2) for _ in range(9)])

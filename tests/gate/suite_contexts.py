@@ -308,3 +308,18 @@ def test_pinned_memory() -> None:
     g = torch.ones(5).pin_memory()
     ops.soft_mask_([g], [torch.full((5,), 0.25).pin_memory()])
     assert g.tolist() == [0.75] * 5
+
+
+def test_derivatives_that_would_be_silently_wrong_raise() -> None:
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        g = x * 1
+        ops.soft_mask_([g], [torch.tensor([1.0, 0.5, 0.0])])
+        return g.sum()
+
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            transform(masked)(torch.ones(3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            ops.soft_mask_([dual], [torch.ones(3)])
