@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     console.print(
-        f"data: scikit-learn's digits, 1347 training and 450 test images (fixed, stratified) per task; settings chosen on seed {TUNING_SEED}"
+        f"data: scikit-learn's digits, 1347 training and 450 test images (fixed split) per task; settings chosen on seed {TUNING_SEED}"
     )
     console.print(f"Permuted-Digits, {TASKS} tasks, seeds {options.seeds}; ops on the CPU are served by {backends.serving('cpu')!r}")
     plan = {

@@ -73,7 +73,7 @@ const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, V
   device_index_ = out.device_index;
   if (out.dtype == DType::other || (out.dtype == DType::u8 && !accepts_uint8)) return "has a dtype that is not accepted";
   if (out.numel() > 0 && has_no_memory(object, out.data)) return "has no memory behind it";
-  if (reinterpret_cast<uintptr_t>(out.data) % uintptr_t(size_of(out.dtype)) != 0) return "is not aligned to its elements";
+  if ((reinterpret_cast<uintptr_t>(out.data) & uintptr_t(size_of(out.dtype) - 1)) != 0) return "is not aligned to its elements";
   if (grad_mode_ && access == Access::writes && truth(torch.requires_grad->get(object, torch.requires_grad->closure)) != 0)
     return "requires grad";
   if (!has_default_strides(out) && truth(PyObject_CallMethodNoArgs(object, is_neg)) != 0) return "is lazily negated";
