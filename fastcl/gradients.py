@@ -72,5 +72,6 @@ def mask_gradients_(params: Params, importance: Importance, *, strength: float =
         ops.soft_mask_(grads, values, strength)
     except (TypeError, ValueError) as error:
         # The op counts the gradients that exist; the caller knows names, or positions among all parameters.
-        message = re.sub(r"\b(grads|importance)\[(\d+)\]", lambda m: f"{m[1]}[{labels[int(m[2])]!r}]", str(error))
+        named = {str(position): label for position, label in enumerate(labels)}
+        message = re.sub(r"\b(grads|importance)\[(\d+)\]", lambda m: f"{m[1]}[{named[m[2]]!r}]", str(error))
         raise type(error)(message) from None
