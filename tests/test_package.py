@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -259,7 +260,8 @@ def no_compilers(folder: Path) -> str:
 
 
 needs_build = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("setuptools", "pybind11", "ninja", "pip")),
+    # Not find_spec: asking for pip's spec makes setuptools unimportable in this process.
+    not {"setuptools", "pybind11", "ninja", "pip"} <= {d.name for d in importlib.metadata.distributions()},
     reason="setuptools, pybind11, ninja and pip are needed to build",
 )
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
@@ -325,7 +327,7 @@ class TestBuild:
         [
             ("FASTCL_NATIVE=0", "not built: FASTCL_NATIVE=0 was set at build time; reinstall without it"),
             ("no compiler on PATH", "not built: no C++ compiler was found; install g++ and reinstall fastcl"),
-            ("CXX=/nonexistent", "not built: no C++ compiler was found; install g++ and reinstall fastcl"),
+            ("CXX=/nonexistent", "not built: no C++ compiler was found; install g++ and reinstall fastcl (CXX names '/nonexistent')"),
         ],
     )
     def test_without_compiled_modules(self, tmp_path, case, reason) -> None:
