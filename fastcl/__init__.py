@@ -3,6 +3,16 @@
 from fastcl import ops, reference
 from fastcl._version import __version__
 from fastcl.backends import BackendUnavailable, use_backend
-from fastcl.gradients import mask_gradients_
+from fastcl.gradients import capture_gradients, gem_project_gradients_, mask_gradients_, project_gradients_
 
-__all__ = ["BackendUnavailable", "__version__", "mask_gradients_", "ops", "reference", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "capture_gradients",
+    "gem_project_gradients_",
+    "mask_gradients_",
+    "ops",
+    "project_gradients_",
+    "reference",
+    "use_backend",
+]

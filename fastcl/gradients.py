@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastcl import ops
+from fastcl.ops import GemInfo, ProjectionInfo
 
 Params = nn.Module | Iterable[Tensor]
 Importance = Mapping[str, Tensor] | Sequence[Tensor]
@@ -75,3 +78,121 @@ def mask_gradients_(params: Params, importance: Importance, *, strength: float =
         named = {str(position): label for position, label in enumerate(labels)}
         message = re.sub(r"\b(grads|importance)\[(\d+)\]", lambda m: f"{m[1]}[{named[m[2]]!r}]", str(error))
         raise type(error)(message) from None
+
+
+def project_gradients_(params: Params, reference: Sequence[Tensor | None]) -> ProjectionInfo:
+    """A-GEM's projection of a model's gradients, in place; call it between backward and step. See :func:`fastcl.ops.project_`.
+
+    Args:
+        params: a Module or an iterable of parameters. A ``.grad`` that is None counts as zero; where ``reference`` is not None it is
+            made (zeros), since the projection may have to write to it.
+        reference: the gradient of the loss on a memory batch, one tensor or None (zero) per parameter in the same order, as
+            :func:`capture_gradients` gives it.
+
+    Returns:
+        ``dot``, ``reference_sq`` and ``violated``: 0-d tensors on the device; no host sync.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcl.ops.project_`, and for lengths that do not fit. Nothing has been written then.
+    """
+    grads, made = _gradients_to_write(params, {"reference": reference})
+    info = ops.project_(grads, reference)
+    for p, grad in made:
+        p.grad = grad
+    return info
+
+
+def gem_project_gradients_(
+    params: Params, memories: Sequence[Sequence[Tensor | None]], *, margin: float = 0.5, ridge: float = 1e-3
+) -> GemInfo:
+    """GEM's projection of a model's gradients, in place; call it between backward and step. See :func:`fastcl.ops.gem_project_`.
+
+    Args:
+        params: as in :func:`project_gradients_`.
+        memories: K lists, 1 <= K <= 64: per past task the gradient of its loss on its memory, as ``reference`` there.
+        margin: number >= 0, the least coefficient of every memory.
+        ridge: number >= 0 added to the Gram matrix's diagonal.
+
+    Returns:
+        ``coefficients`` [K], ``dots`` [K] and ``violated`` (0-d): tensors on the device; no host sync.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcl.ops.gem_project_`, and for lengths that do not fit. Nothing has been written then.
+    """
+    named = {f"memories[{k}]": m for k, m in enumerate(memories)} if isinstance(memories, (list, tuple)) else {}
+    grads, made = _gradients_to_write(params, named)
+    info = ops.gem_project_(grads, memories, margin, ridge)
+    for p, grad in made:
+        p.grad = grad
+    return info
+
+
+def _gradients_to_write(
+    params: Params, named: Mapping[str, Sequence[Tensor | None]]
+) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """The gradients of ``params``, zeros where one is missing and has a counterpart; and the parameters that these zeros belong to."""
+    listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
+    for name, value in named.items():
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple with a tensor or None per parameter, got {type(value).__name__}")
+        if len(value) != len(listed):
+            raise ValueError(f"{name} has {len(value)} tensors and params has {len(listed)}; pass one, or None, for each in the same order")
+    grads: list[Tensor | None] = [p.grad for p in listed]
+    made = []
+    for n, p in enumerate(listed):
+        if grads[n] is None and any(value[n] is not None for value in named.values()):
+            zeros = torch.zeros_like(p, requires_grad=False)
+            grads[n] = zeros
+            made.append((p, zeros))
+    return grads, made
+
+
+@contextlib.contextmanager
+def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
+    """Take the gradients of a backward pass aside, without a copy: the parameters' own ``.grad`` is afterwards as it was.
+
+    Example::
+
+        loss_fn(model(x), y).backward()
+        with fastcl.capture_gradients(model) as reference:
+            loss_fn(model(memory_x), memory_y).backward()
+        fastcl.project_gradients_(model, reference)
+        optimizer.step()
+
+    Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
+    parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
+    list stays empty. Gradients that are views into a larger buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``)
+    are copied first, since the block's backward would overwrite them.
+
+    Args:
+        params: a Module or an iterable of parameters.
+
+    Raises:
+        TypeError: ``params`` is a tensor or holds something else.
+        RuntimeError: the block's backward wrote into the memory of the parameters' own gradients.
+    """
+    listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
+    own = [_kept(p.grad) for p in listed]
+    captured: list[Tensor | None] = []
+    for p in listed:
+        p.grad = None
+    try:
+        yield captured
+        found = [p.grad for p in listed]
+    finally:
+        for p, grad in zip(listed, own, strict=True):
+            p.grad = grad
+    for n, (a, b) in enumerate(zip(own, found, strict=True)):
+        if type(a) is Tensor and type(b) is Tensor and a.layout == b.layout == torch.strided and a.numel() and a.data_ptr() == b.data_ptr():
+            raise RuntimeError(
+                f"the backward pass wrote over the gradient of params[{n}], which lies in a buffer that is used again; with "
+                "DistributedDataParallel set gradient_as_bucket_view=False"
+            )
+    captured.extend(found)
+
+
+def _kept(grad: Tensor | None) -> Tensor | None:
+    """A gradient that a further backward pass cannot overwrite."""
+    if grad is None or type(grad) is not Tensor or grad.layout != torch.strided:
+        return grad
+    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad

@@ -18,11 +18,13 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def listed(name: str, value: object) -> None:
-    """A list or tuple of tensors of any kind: what can be handed to the dispatcher."""
+def listed(name: str, value: object, *, missing: bool = False) -> None:
+    """A list or tuple of tensors of any kind: what can be handed to the dispatcher. With ``missing``, None may stand among them."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list or tuple of tensors, got {type(value).__name__}")
     for i, t in enumerate(value):
+        if missing and t is None:
+            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
         if t.is_nested:  # the dispatcher has no fallback for them and says so in 200 lines
@@ -116,6 +118,29 @@ def unit_interval(name: str, value: object) -> float:
     if math.isnan(number) or not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {number}")
     return number
+
+
+def at_least_zero(name: str, value: object) -> float:
+    """A finite Python number that is not negative."""
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number >= 0, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number >= 0, got a number too large for a float") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {number}")
+    return number
+
+
+def one_device(*named: tuple[str, Sequence[Tensor]]) -> None:
+    """All tensors of all lists live on one device: the op's result does."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in named:
+        for i, t in enumerate(value):
+            first = first or (f"{name}[{i}]", t.device)
+            if t.device != first[1]:
+                raise ValueError(f"{name}[{i}] is on {t.device} and {first[0]} is on {first[1]}; one call takes the tensors of one device")
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -35,20 +35,33 @@ def traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
 
 
-def gate(op: str, written: Sequence[Tensor], *args: Any) -> bool:
-    """Try the compiled implementation of the first tensor's device; False means that it refused and that nothing was written."""
-    if not isinstance(written, (list, tuple)) or not written:
-        return False
-    backend = backends.serving(getattr(getattr(written[0], "device", None), "type", "cpu"))
-    name = backends.NATIVE.get(backend)
-    if name is None:
-        return False
+class Refused:
+    """What :func:`gate` and :func:`gate_reading` return when nothing was done."""
+
+
+REFUSED = Refused()
+
+
+def gate(op: str, written: Sequence[Tensor], *args: Any) -> Any:
+    """The result of the compiled implementation of the first tensor's device, or REFUSED, and then nothing was written."""
+    if not isinstance(written, (list, tuple)):
+        return REFUSED
     written = tuple(written)  # another thread may change the list while the compiled function runs
-    refusal = getattr(_native.module(name), op)(written, *args, torch.is_grad_enabled())
-    if refusal is not None:
-        return False
-    bump_versions(written)
-    return True
+    result = gate_reading(op, written, written, *args)
+    if result is not REFUSED:
+        bump_versions(written)
+    return result
+
+
+def gate_reading(op: str, tensors: Sequence[Tensor], *args: Any) -> Any:
+    """As :func:`gate`, for an op that writes nothing; the first of ``tensors`` says on which device."""
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        return REFUSED
+    name = backends.NATIVE.get(backends.serving(getattr(getattr(tensors[0], "device", None), "type", "cpu")))
+    if name is None:
+        return REFUSED
+    result = getattr(_native.module(name), op)(*args, torch.is_grad_enabled())
+    return REFUSED if isinstance(result, str) else result
 
 
 def bump_versions(written: Sequence[Tensor]) -> None:
@@ -81,6 +94,12 @@ def run(op: str, device: torch.device, written: Sequence[Tensor], *args: Any) ->
         result = backends.implementation(op, device)(written, *args)
     bump_versions(written)
     return result
+
+
+def run_reading(op: str, device: torch.device, *args: Any) -> Any:
+    """As :func:`run`, for an op that writes nothing."""
+    with torch.no_grad():
+        return backends.implementation(op, device)(*args)
 
 
 def _opaque(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
             Nothing has been written then.
     """
-    if _dispatch.traced() or not _dispatch.gate("emax_", importance, new):
+    if _dispatch.traced() or _dispatch.gate("emax_", importance, new) is _dispatch.REFUSED:
         _checks.listed("importance", importance)
         _checks.listed("new", new)
         torch.ops.fastcl.emax_(importance, new)
@@ -43,7 +43,7 @@ def _check_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 
 def _run_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    if _dispatch.gate("emax_", importance, new):
+    if _dispatch.gate("emax_", importance, new) is not _dispatch.REFUSED:
         return
     _check_emax(importance, new)
     for device, (i, n) in _dispatch.by_device(importance, new):

@@ -31,7 +31,7 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
         ValueError: lengths, shapes or devices that do not fit, shared memory, a strength outside [0, 1], a gradient that requires
             grad while autograd records. Nothing has been written then.
     """
-    if _dispatch.traced() or not _dispatch.gate("soft_mask_", grads, importance, strength):
+    if _dispatch.traced() or _dispatch.gate("soft_mask_", grads, importance, strength) is _dispatch.REFUSED:
         _checks.listed("grads", grads)
         _checks.listed("importance", importance)
         torch.ops.fastcl.soft_mask_(grads, importance, _checks.unit_interval("strength", strength))
@@ -49,7 +49,7 @@ def _check(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: floa
 
 
 def _run(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float = 1.0) -> None:
-    if _dispatch.gate("soft_mask_", grads, importance, strength):
+    if _dispatch.gate("soft_mask_", grads, importance, strength) is not _dispatch.REFUSED:
         return
     _check(grads, importance, strength)
     for device, (g, i) in _dispatch.by_device(grads, importance):

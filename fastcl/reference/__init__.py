@@ -2,6 +2,7 @@
 
 from fastcl.reference.gradients import mask_gradients_
 from fastcl.reference.importance import emax_, spg_importance_
+from fastcl.reference.projection import gem_project_, grad_dot, gram, project_
 from fastcl.reference.soft_mask import soft_mask_
 
-__all__ = ["emax_", "mask_gradients_", "soft_mask_", "spg_importance_"]
+__all__ = ["emax_", "gem_project_", "grad_dot", "gram", "mask_gradients_", "project_", "soft_mask_", "spg_importance_"]
