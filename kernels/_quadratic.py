@@ -45,7 +45,7 @@ def _factor(q: tl.tensor, passive: tl.tensor, N: tl.constexpr) -> tl.tensor:
 def _minimum(q: tl.tensor, inverse: tl.tensor, p: tl.tensor, passive: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """The minimum over the passive variables, the others 0."""
     s = tl.zeros((N,), tl.float64)
-    for _ in tl.static_range(3):
+    for _ in range(3):
         residual = tl.where(passive != 0, p + tl.sum(q * s[None, :], 1), 0.0)
         s = tl.where(passive != 0, s - tl.sum(inverse * residual[None, :], 1), 0.0)
     return s

@@ -204,7 +204,7 @@ def _sweep(plan: Sequence[Launch], left: Sequence[int], right: Sequence[int], de
     partials = torch.empty(len(left) * blocks, dtype=torch.float64, device=device)
     first = 0
     for launch in plan:
-        products_kernel[launch.grid](*launch.joined, partials, first, blocks, LEFT=tuple(left), RIGHT=tuple(right), **launch.constants)
+        products_kernel[launch.grid](*launch.joined, partials, first, blocks, LEFT=tuple(left), RIGHT=tuple(right), **launch.constants, enable_fp_fusion=True)
         first += launch.grid[0]
     return partials, blocks
 
@@ -218,7 +218,7 @@ def _tile(out: Tensor, lists: Lists, row: int, height: int, column: int, block: 
     pairs = [(i, j) for j in sides[1] for i in sides[0] if height or i <= j]
     left, right = zip(*pairs, strict=True)
     partials, blocks = _sweep(plan, left, right, out.device)
-    sum_kernel[(len(pairs),)](partials, out, blocks, row, column, height, len(out), CHUNK=_CHUNK, num_warps=8)
+    sum_kernel[(len(pairs),)](partials, out, blocks, row, column, height, len(out), CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
     return True
 
 
@@ -234,7 +234,7 @@ def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     with on_device(a[0]):
         out = torch.empty((), dtype=torch.float64, device=a[0].device)
         partials, blocks = _sweep(plan, (0,), (1,), a[0].device)
-        sum_kernel[(1,)](partials, out, blocks, 0, 0, 1, 1, CHUNK=_CHUNK, num_warps=8)
+        sum_kernel[(1,)](partials, out, blocks, 0, 0, 1, 1, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
     return out
 
 
@@ -261,7 +261,7 @@ def project_(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     with on_device(grads[0]):
         values = torch.empty(3, dtype=torch.float64, device=grads[0].device)
         partials, blocks = _sweep(plan, (0, 1), (1, 1), grads[0].device)
-        agem_kernel[(1,)](partials, values, blocks, CHUNK=_CHUNK, num_warps=8)
+        agem_kernel[(1,)](partials, values, blocks, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
         _combine_planned(plan, values[2:])
     return values
 
@@ -284,7 +284,7 @@ def gem_coefficients(products: Tensor, margin: float, ridge: float) -> Tensor:
     with on_device(products):
         # Two tiles of 8 doubles per thread, and a third while a variable enters.
         warps = max(1, size * size // 256)
-        gem_kernel[(1,)](products.contiguous(), out, k, *halves(margin), *halves(ridge), N=size, num_warps=warps)
+        gem_kernel[(1,)](products.contiguous(), out, k, *halves(margin), *halves(ridge), N=size, num_warps=warps, enable_fp_fusion=False)
     return out
 
 
