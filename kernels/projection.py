@@ -282,8 +282,8 @@ def gem_coefficients(products: Tensor, margin: float, ridge: float) -> Tensor:
     out = torch.empty(2 * k + 1, dtype=torch.float64, device=products.device)
     size = max(_SMALLEST, triton.next_power_of_2(k))
     with on_device(products):
-        # Two tiles of 8 doubles per thread, and a third while a variable enters.
-        warps = max(1, size * size // 256)
+        # 4 doubles of a tile per thread: it holds Q, the inverse, and a third while a variable enters. 16 warps are what AMD allows.
+        warps = min(16, max(1, size * size // 128))
         gem_kernel[(1,)](products.contiguous(), out, k, *halves(margin), *halves(ridge), N=size, num_warps=warps, enable_fp_fusion=False)
     return out
 
