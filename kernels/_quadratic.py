@@ -52,9 +52,7 @@ def _minimum(q: tl.tensor, inverse: tl.tensor, p: tl.tensor, passive: tl.tensor,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _steepest(
-    q: tl.tensor, p: tl.tensor, u: tl.tensor, passive: tl.tensor, blocked: tl.tensor, n: tl.tensor, N: tl.constexpr
-) -> tl.tensor:
+def _steepest(q: tl.tensor, p: tl.tensor, u: tl.tensor, passive: tl.tensor, blocked: tl.tensor, n: tl.tensor, N: tl.constexpr) -> tl.tensor:
     """The free variable along which the objective falls most steeply, beyond rounding; N if there is none."""
     lane = tl.arange(0, N)
     gradient = p + tl.sum(q * u[None, :], 1)

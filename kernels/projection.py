@@ -1,8 +1,7 @@
 """Gradient directions on Triton: dot products of lists, A-GEM's and GEM's projection; the definition is fastcl.reference.projection.
 
-Every sum has two stages, each in a fixed order: a block leaves one float64 per pair of lists in a workspace, and one program per pair sums
-these. Products of float32 and of 16-bit floats are exact in float64. The second sweep starts whatever the data says, and each of its
-programs returns at once when all coefficients are 0.
+The first sweep makes dot products (``_products``), one program decides, and a second sweep combines. That one is launched whatever was
+decided, since the host does not wait to know; its programs return at once when all coefficients are 0.
 """
 
 from __future__ import annotations
@@ -14,113 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcl.kernels._lists import BLOCK, STRIDED_BLOCK, Launch, halves, launches, on_device
+from fastcl.kernels._lists import STRIDED_BLOCK, Launch, halves, launches, on_device
 from fastcl.kernels._math import address, encode, pick, place, read, total, write
+from fastcl.kernels._products import CHUNK, fill_tile, partial_sums, sum_kernel
 from fastcl.kernels._quadratic import gem_kernel
 
 # Lists on one side of a tile of the Gram matrix. A launch reads two sides, so each of K lists is read ceil(K / 8) times: once up to 8
 # lists, 9 times for the most that are accepted, 65. A wider tile would not fit the registers.
 TILE = 8
-_CHUNK = 4096  # partial sums that one step of a last program takes
 _SMALLEST = 8  # variables of the smallest quadratic programme that is compiled
 _SCALAR = tl.constexpr(1)
 
 Lists = Sequence[Sequence[Tensor]]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _products(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    at: tl.tensor,
-    blocks: tl.tensor,
-    block: tl.tensor,
-    code: tl.tensor,
-    valid: tl.tensor,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-) -> None:
-    exists = tl.arange(0, BLOCK) < valid
-    values = ()
-    for c in tl.static_range(len(KINDS)):
-        x_at = address(pick(pointers, starts, code, T, 1, c * T), block, code, starts, sizes, strides, KINDS[c], T, D, BIAS, BLOCK, c)
-        values = values + (read(x_at, valid, KINDS[c], MASKED, BLOCK).to(tl.float64),)  # noqa: RUF005
-    for n in tl.static_range(len(LEFT)):
-        product = values[LEFT[n]] * values[RIGHT[n]]
-        if MASKED or (KINDS[LEFT[n]] == _SCALAR and KINDS[RIGHT[n]] == _SCALAR):
-            # Not by the zeros of masked loads: what is one value for all elements may be Inf, and Inf * 0 is NaN.
-            product = tl.where(exists, product, 0.0)
-        tl.store(at + n * blocks.to(tl.int64), tl.sum(product, 0))
-
-
-@triton.jit(do_not_specialize=["first", "blocks"])  # type: ignore[untyped-decorator]
-def products_kernel(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    partials: tl.tensor,
-    first: tl.tensor,
-    blocks: tl.tensor,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One block of every list: the dot products of the pairs ``(LEFT[n], RIGHT[n])`` of lists.
-
-    ``partials`` has ``blocks`` places per pair, of which this launch owns those from ``first``.
-    """
-    code, block, valid = place(starts, tails, T, BLOCK)
-    at = partials + (first + tl.program_id(0)).to(tl.int64)
-    # fmt: off
-    if valid == BLOCK:
-        _products(pointers, starts, sizes, strides, at, blocks, block, code, valid, LEFT, RIGHT, KINDS, T, D, BIAS, BLOCK, False)
-    else:
-        _products(pointers, starts, sizes, strides, at, blocks, block, code, valid, LEFT, RIGHT, KINDS, T, D, BIAS, BLOCK, True)
-    # fmt: on
-
-
-@triton.jit(do_not_specialize=["blocks", "row", "column", "height", "width"])  # type: ignore[untyped-decorator]
-def sum_kernel(
-    partials: tl.tensor,
-    out: tl.tensor,
-    blocks: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    CHUNK: tl.constexpr,
-) -> None:
-    """One pair of a tile: its element and the mirrored one of the Gram matrix, ``[width, width]``.
-
-    A tile beside the diagonal has ``height`` lists on one side; one on the diagonal has height 0 and the pairs ``i <= j``, ordered by j.
-    """
-    pair = tl.program_id(0)
-    value = total(partials + pair * blocks.to(tl.int64), blocks, CHUNK)
-    i = pair
-    j = pair * 0
-    if height > 0:
-        i = pair % height
-        j = pair // height
-    else:
-        while i > j:
-            j += 1
-            i -= j
-    tl.store(out + (row + i) * width + column + j, value)
-    tl.store(out + (column + j) * width + row + i, value)
 
 
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
@@ -198,30 +102,6 @@ def combine_kernel(
         # fmt: on
 
 
-def _sweep(plan: Sequence[Launch], left: Sequence[int], right: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    """The partial sums of the pairs of lists, pair by pair, and how many each pair has."""
-    blocks = sum(launch.grid[0] for launch in plan)
-    partials = torch.empty(len(left) * blocks, dtype=torch.float64, device=device)
-    first = 0
-    for launch in plan:
-        products_kernel[launch.grid](*launch.joined, partials, first, blocks, LEFT=tuple(left), RIGHT=tuple(right), **launch.constants, enable_fp_fusion=True)
-        first += launch.grid[0]
-    return partials, blocks
-
-
-def _tile(out: Tensor, lists: Lists, row: int, height: int, column: int, block: int) -> bool:
-    """Fill one tile of the Gram matrix, ``lists[:height]`` beside the rest; on the diagonal if ``height`` is 0. False: no elements."""
-    plan = list(launches(*lists, block=block))
-    if not plan:
-        return False
-    sides = (range(height), range(height, len(lists))) if height else (range(len(lists)),) * 2
-    pairs = [(i, j) for j in sides[1] for i in sides[0] if height or i <= j]
-    left, right = zip(*pairs, strict=True)
-    partials, blocks = _sweep(plan, left, right, out.device)
-    sum_kernel[(len(pairs),)](partials, out, blocks, row, column, height, len(out), CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
-    return True
-
-
 def _device(lists: Lists) -> torch.device:
     return lists[0][0].device if lists[0] else torch.device("cpu")
 
@@ -233,8 +113,8 @@ def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=_device([a]))
     with on_device(a[0]):
         out = torch.empty((), dtype=torch.float64, device=a[0].device)
-        partials, blocks = _sweep(plan, (0,), (1,), a[0].device)
-        sum_kernel[(1,)](partials, out, blocks, 0, 0, 1, 1, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
+        partials, blocks = partial_sums(plan, (0,), (1,), a[0].device)
+        sum_kernel[(1,)](partials, out, blocks, 0, 0, 1, 1, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False)
     return out
 
 
@@ -247,9 +127,9 @@ def gram(vectors: Lists) -> Tensor:
     # Up to 16 lists are in flight at once, so a program takes fewer elements of each.
     with on_device(vectors[0][0]):
         for row in range(0, k, TILE):
-            _tile(out, vectors[row : row + TILE], row, 0, row, STRIDED_BLOCK)
+            fill_tile(out, vectors[row : row + TILE], row, 0, row, STRIDED_BLOCK)
             for column in range(row + TILE, k, TILE):
-                _tile(out, [*vectors[row : row + TILE], *vectors[column : column + TILE]], row, TILE, column, STRIDED_BLOCK)
+                fill_tile(out, [*vectors[row : row + TILE], *vectors[column : column + TILE]], row, TILE, column, STRIDED_BLOCK)
     return out
 
 
@@ -260,8 +140,8 @@ def project_(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=_device([grads]))
     with on_device(grads[0]):
         values = torch.empty(3, dtype=torch.float64, device=grads[0].device)
-        partials, blocks = _sweep(plan, (0, 1), (1, 1), grads[0].device)
-        agem_kernel[(1,)](partials, values, blocks, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False)
+        partials, blocks = partial_sums(plan, (0, 1), (1, 1), grads[0].device)
+        agem_kernel[(1,)](partials, values, blocks, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False)
         _combine_planned(plan, values[2:])
     return values
 
@@ -277,7 +157,7 @@ def gem_project_(grads: Sequence[Tensor], memories: Lists, margin: float, ridge:
 
 
 def gem_coefficients(products: Tensor, margin: float, ridge: float) -> Tensor:
-    """``[violated, v_0 ... v_K-1, G_0 . g ... G_K-1 . g]`` from the Gram matrix; see :func:`fastcl.reference.projection.gem_coefficients`."""
+    """``[violated, v_0 ... v_K-1, G_0 . g ... G_K-1 . g]`` from the Gram matrix, as fastcl.reference.projection has it."""
     k = len(products) - 1
     out = torch.empty(2 * k + 1, dtype=torch.float64, device=products.device)
     size = max(_SMALLEST, triton.next_power_of_2(k))

@@ -27,10 +27,7 @@ def _scale(
     grad = read(g_at, valid, 0, MASKED, BLOCK)
     stored = read(i_at, valid, KIND, MASKED, BLOCK)
     dtype: tl.constexpr = precision(grad.dtype, stored.dtype)
-    if dtype == tl.float64:
-        factor = float64(high, low)
-    else:
-        factor = tl.cast(strength, tl.float32)
+    factor = float64(high, low) if dtype == tl.float64 else tl.cast(strength, tl.float32)
     free = 1 - factor * decode(stored, dtype)
     write(g_at, encode(grad.to(dtype) * free, grad.dtype), valid, MASKED, BLOCK)
 
