@@ -56,6 +56,23 @@ def test_a_reservoir_is_vitters_algorithm_r_sample_by_sample(batch):
     assert buffer.of_task(0)[0][:, 0].long().tolist() == reservoir
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_each_class_keeps_its_smallest_priorities(seed):
+    """One priority per sample, drawn as it comes; dropping others and filling their places must not mix them up."""
+    buffer, draws, priority = ClassBalancedBuffer(20, generator=seeded(seed)), seeded(seed), {}
+    for labels in ([0] * 30, [0] * 10 + [1] * 30, [0, 1, 2] * 15, [3] * 9 + [1] * 4, [0, 2, 4] * 8):
+        first = len(priority)
+        offer(buffer, labels, 0, first)
+        drawn = torch.randint(RANDOM, (len(labels),), generator=draws).tolist()
+        priority |= {first + i: (y, p) for i, (y, p) in enumerate(zip(labels, drawn, strict=True))}
+        classes = {y for y, _ in priority.values()}
+        expected = []
+        for c in classes:
+            mine = sorted((p, n) for n, (y, p) in priority.items() if y == c)
+            expected += [n for _, n in mine[: 20 // len(classes)]]
+        assert buffer.of_task(0)[0][:, 0].long().sort().values.tolist() == sorted(expected)
+
+
 def test_the_room_of_a_group_shrinks_without_a_preference():
     """After a second class takes half of the room, every sample of the first is still kept with the same chance."""
     trials, kept = 800, [0] * 30

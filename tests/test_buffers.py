@@ -80,6 +80,12 @@ def test_samples_are_copied_in_without_history_and_usable_after_inference_mode(m
     for t in (stored, made):
         assert not t.requires_grad
         assert not t.is_inference()
+    begun = make(4)
+    with torch.inference_mode():
+        begun.add(torch.ones(2, 3), torch.tensor([0, 1]), 0)
+    begun.add(torch.ones(2, 3), torch.tensor([0, 1]), 0)
+    assert not begun.sample(2)[0].is_inference()
+    assert not begun.state_dict()["x"].is_inference()
     weight = torch.ones(3, requires_grad=True)
     (made @ weight).sum().backward()
     source = torch.zeros(1, 3)
