@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from learners import Heads, Net, batches, fill, gradient, grads, loss_fn, make, memory, train, with_head
 
 from fastcl.methods import GEM
+from learners import Heads, Net, batches, fill, gradient, grads, loss_fn, make, memory, train, with_head
 
 optimize = pytest.importorskip("scipy.optimize")
 

@@ -1,5 +1,7 @@
 """Joint training: the merged stream and the interleaved batches."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -21,6 +23,8 @@ def test_the_stream_is_one_task_with_all_data():
     given = tasks()
     (joint,) = Joint.stream(given)
     assert joint.classes == 4
+    assert joint.labels == (0, 1, 2, 3)
+    assert Joint.stream([dataclasses.replace(t, labels=(3, n)) for n, t in enumerate(given)])[0].labels == (0, 1, 3)
     for part in ("train_x", "train_y", "test_x", "test_y"):
         assert torch.equal(getattr(joint, part), torch.cat([getattr(t, part) for t in given]))
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from learners import batches, loss_fn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcl.data import TaskBalancedBuffer
 from fastcl.methods import AGEM, GEM, Replay
+from learners import batches, loss_fn
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from learners import Heads, batches, fill, gradient, grads, loss_fn, make, memory, with_head
 
 from fastcl.methods import Replay
+from learners import Heads, batches, fill, gradient, grads, loss_fn, make, memory, with_head
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
@@ -66,7 +66,9 @@ def test_a_buffer_filled_while_training_is_replayed_in_the_first_task():
     assert replay.tasks_seen == 1
 
 
-@pytest.mark.parametrize(("weight", "error"), [("1", TypeError), (True, TypeError), (0.0, ValueError), (-1, ValueError), (float("nan"), ValueError)])
+@pytest.mark.parametrize(
+    ("weight", "error"), [("1", TypeError), (True, TypeError), (0.0, ValueError), (-1, ValueError), (float("nan"), ValueError)]
+)
 def test_weight_is_checked(weight, error):
     with pytest.raises(error, match="weight must be"):
         Replay(make(), memory(), loss_fn, weight=weight)

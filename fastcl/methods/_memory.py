@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastcl.data import Buffer
 from fastcl.methods._passes import Forward, Loss, _logits, _scalar
 from fastcl.methods._state import Method
-
-
-@runtime_checkable
-class Buffer(Protocol):
-    """What a method asks of a memory; those of :mod:`fastcl.data` have it."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def tasks(self) -> list[int]:
-        """The tasks that have samples, in order."""
-
-    @property
-    def generator(self) -> torch.Generator:
-        """What all draws come from; on the CPU."""
-
-    def add_task(self, loader: Iterable[tuple[Any, Any]], task: int) -> None:
-        """Keep samples of a task."""
-
-    def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw inputs, targets and task numbers."""
-
-    def of_task(self, task: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one task."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the samples and of the generator's state."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over such a copy, or raise and keep what was there."""
 
 
 class Scaler(Protocol):
@@ -163,7 +134,7 @@ class MemoryMethod(Method):
         if isinstance(tasks, int) or self._forward is None:
             yield (tasks if isinstance(tasks, int) else 0), None
             return
-        present = tasks.unique().tolist()  # on the host already: a buffer draws there
+        present = sorted(set(tasks.tolist()))  # on the host already: a buffer draws there
         for task in present:
             yield task, None if len(present) == 1 else (tasks == task).nonzero().squeeze(1)
 
