@@ -117,10 +117,16 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """How Python 3 writes empty bytes in protocols below 3."""
+    return b""
+
+
 GLOBALS = {
     ("numpy", "ndarray"): NDARRAY,
     ("numpy", "dtype"): _Stand("numpy.dtype", _dtype),
     ("_codecs", "encode"): _Stand("_codecs.encode", _encode),
+    ("__builtin__", "bytes"): _Stand("bytes", _no_bytes),
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     GLOBALS[_core + ".multiarray", "_reconstruct"] = _Stand("_reconstruct", _reconstruct)
@@ -146,7 +152,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in OPCODES:
                 raise _Refused(f"the instruction {opcode.name}")
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
                 raise _Refused("a memo larger than the file")
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _Refused as error:
