@@ -153,6 +153,15 @@ def _some_of(loader: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         raise ValueError("loader gave no batch; pass the task's training data as a DataLoader, a list or an iterator of batches")
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose ranks hold parts of the gradients without saying so: their dot products would be those of the parts."""
+    if any(base.__name__ == "FullyShardedDataParallel" for module in model.modules() for base in type(module).__mro__):
+        raise TypeError(
+            "model is sharded by FullyShardedDataParallel, whose gradients are parts that do not tell what they are parts of, so a "
+            "projection would be another on every rank; accepted are a plain model, DistributedDataParallel and fully_shard"
+        )
+
+
 def count(name: str, value: Any) -> int:
     """Check an argument that counts samples."""
     if isinstance(value, bool) or not isinstance(value, int):
