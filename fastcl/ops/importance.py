@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -29,6 +29,9 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     if _dispatch.traced() or _dispatch.gate("emax_", importance, new) is _dispatch.REFUSED:
         _checks.listed("importance", importance)
         _checks.listed("new", new)
+        if _sharded.is_sharded(importance, new):
+            _sharded.elementwise(emax_, "importance", importance, "new", new)
+            return
         torch.ops.fastcl.emax_(importance, new)
 
 
