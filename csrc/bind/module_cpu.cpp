@@ -22,6 +22,12 @@ struct Cpu {
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
     *mean = cpu::spg_importance_(accumulated, grads_by_head, pool);
   }
+  void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows) {
+    cpu::spg_moments(accumulated, grads_by_head, rows, pool);
+  }
+  void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean) {
+    *mean = cpu::spg_update_(accumulated, grads_by_head, rows, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -53,6 +59,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("soft_mask_", &Gated<Cpu>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   m.def("spg_importance_", &Gated<Cpu>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  m.def("spg_moments", &Gated<Cpu>::spg_moments, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  m.def("spg_update_", &Gated<Cpu>::spg_update_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("moments"),
+        py::arg("grad_mode"));
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

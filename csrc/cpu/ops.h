@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/importance.h"
 #include "core/parallel.h"
 #include "core/view.h"
 
@@ -14,6 +15,11 @@ void emax_(const Views& importance, const Views& fresh, const Pool& pool);
 
 // Returns the mean of accumulated after the update; 0 if there is no element.
 double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool);
+
+// The two sweeps of spg_importance_ apart, for tensors that are shards: rows[head][tensor] are this part's moments, and later the whole
+// tensor's. A row of a tensor without elements is zero.
+void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Pool& pool);
+double spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, const Pool& pool);
 
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);
