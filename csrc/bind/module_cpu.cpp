@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/gated.h"
+#include "bind/gated_projection.h"
+#include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
 
@@ -27,6 +29,18 @@ struct Cpu {
   }
   void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean) {
     *mean = cpu::spg_update_(accumulated, grads_by_head, rows, pool);
+  }
+  void grad_dot(const Views& a, const Views& b, double* out) { *out = cpu::grad_dot(a, b, pool); }
+  void gram(const std::vector<Views>& vectors, double* out) { cpu::gram(vectors, out, pool); }
+  void project_(const Views& grads, const Views& reference, double* out) { cpu::project_(grads, reference, out, pool); }
+  void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out) {
+    cpu::gem_project_(grads, memories, margin, ridge, out, pool);
+  }
+  void gem_coefficients(const double* products, int k, double margin, double ridge, double* out) {
+    cpu::gem_coefficients(products, k, margin, ridge, out);
+  }
+  void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
+    cpu::combine_(grads, memories, coefficients, pool);
   }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
@@ -58,10 +72,8 @@ PYBIND11_MODULE(_C, m) {
   define_connect(m);
   m.def("soft_mask_", &Gated<Cpu>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
-  m.def("spg_importance_", &Gated<Cpu>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
-  m.def("spg_moments", &Gated<Cpu>::spg_moments, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
-  m.def("spg_update_", &Gated<Cpu>::spg_update_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("moments"),
-        py::arg("grad_mode"));
+  define_spg<Cpu>(m);
+  define_projection<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

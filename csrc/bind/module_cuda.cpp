@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "bind/gated.h"
+#include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cuda/ops.h"
 
@@ -57,8 +58,8 @@ class Cuda {
   cuda::Workspace workspace() {
     return [this](int64_t doubles) {
       py::gil_scoped_acquire acquire;
-      const int64_t elements = doubles > 0 ? doubles : 1;
-      return memory_.emplace_back(device_type, stream_.device, dlpack::DataType{dlpack::kFloat, 64, 1}, elements, false).data<double>();
+      const std::vector<int64_t> shape{std::max<int64_t>(doubles, 1)};
+      return memory_.emplace_back(device_type, stream_.device, dlpack::DataType{dlpack::kFloat, 64, 1}, shape).data<double>();
     };
   }
 };
@@ -69,7 +70,7 @@ py::object yardstick_read(const py::object& read) {
   Views r;
   if (!gate.take("read", read, Access::reads, true, r) || !gate.contiguous("read", r)) return gate.verdict();
   constexpr uint8_t kInt = 0;
-  NewTensor folded(dlpack::kCUDA, std::max(gate.device_index(), 0), {kInt, 64, 1}, 1, true);
+  NewTensor folded(dlpack::kCUDA, std::max(gate.device_index(), 0), {kInt, 64, 1}, {});
   const py::object refused = Gated<Cuda>::run(gate, [&](Cuda& backend) { backend.yardstick_read(r, folded.data<uint64_t>()); });
   return refused.is_none() ? folded.to_python() : refused;
 }
@@ -100,10 +101,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   define_connect(m, &connect_where_it_runs);
   m.def("soft_mask_", &Gated<Cuda>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cuda>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
-  m.def("spg_importance_", &Gated<Cuda>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
-  m.def("spg_moments", &Gated<Cuda>::spg_moments, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
-  m.def("spg_update_", &Gated<Cuda>::spg_update_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("moments"),
-        py::arg("grad_mode"));
+  define_spg<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

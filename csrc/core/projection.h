@@ -188,8 +188,8 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
     for (int j = 0; j <= k; ++j) numbers = numbers && fabs(products[i * (k + 1) + j]) < INFINITY;
   }
   double* vectors = doubles + 2 * k * k;
-  const NonnegativeQP qp{k,           doubles,         doubles + k * k, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k,
-                         vectors + 4 * k, ints, ints + k};
+  const NonnegativeQP qp{k,    doubles, doubles + k * k, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
+                         ints, ints + k};
   if (violated && numbers) {
     const auto scale = [&](int i) {
       const double d = products[i * (k + 1) + i] + ridge;
