@@ -150,11 +150,11 @@ def elementwise(
     bump_versions(written)
 
 
-def check_matching(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor]) -> None:
+def check_matching(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor], *, one_element: bool = True) -> None:
     """Each local ``value`` belongs to the same elements as its partner's local tensor. The whole shapes are known to broadcast.
 
-    A DTensor's partner is a DTensor on the same mesh with the same placements, a dimension of size 1 that broadcasts being replicated; or
-    a plain tensor of one element. A plain tensor's partner is plain.
+    A DTensor's partner is a DTensor on the same mesh with the same placements, a dimension of size 1 that broadcasts being replicated; or,
+    if ``one_element`` allows it, a plain tensor of one element. A plain tensor's partner is plain.
 
     Raises:
         TypeError: a Partial placement, or a plain tensor beside a DTensor.
@@ -165,25 +165,27 @@ def check_matching(name: str, value: Sequence[Tensor], other_name: str, other: S
         a, b = _as_dtensor(t), _as_dtensor(partner)
         if b is None and a is not None:
             raise TypeError(
-                f"{name}[{i}] is a DTensor with the placements {a.placements} and {other_name}[{i}] is a plain tensor; accepted is a plain "
-                f"one, pass {name}[{i}].full_tensor()"
+                f"{name}[{i}] is a DTensor with the placements {a.placements} and {other_name}[{i}] a plain tensor; accepted are two of a "
+                f"kind, pass {name}[{i}].full_tensor() or {_distributed(other_name, i, f'{name}[{i}]', a.placements)}"
             )
         if b is None:
             continue
-        wanted = _wanted(b, t)
-        if a is None and (t.numel() != 1 or t.dim() > partner.dim()):
+        wanted = _wanted(b, t, one_element)
+        placements = [options[0] for options in wanted]
+        if a is None and not (one_element and t.numel() == 1):
             raise TypeError(
                 f"{name}[{i}] is a plain tensor of shape {tuple(t.shape)} and {other_name}[{i}] a DTensor with the placements "
-                f"{b.placements}; accepted are a DTensor or a plain tensor of one element, pass {_distributed(name, i, other_name, wanted)}"
+                f"{b.placements}; accepted are a DTensor{' or a plain tensor of one element' if one_element else ''}, pass "
+                f"{_distributed(name, i, f'{other_name}[{i}]', placements)}"
             )
         if a is not None and not all(p in options for p, options in zip(a.placements, wanted, strict=True)):
             raise ValueError(
                 f"{name}[{i}] has the placements {a.placements} and {other_name}[{i}] {b.placements}; the placements must match (a "
-                f"dimension of size 1 that broadcasts is replicated), pass {name}[{i}].redistribute(placements={_first(wanted)})"
+                f"dimension of size 1 that broadcasts is replicated), pass {name}[{i}].redistribute(placements={placements})"
             )
 
 
-def _wanted(partner: DTensor, t: Tensor) -> list[list[Placement]]:
+def _wanted(partner: DTensor, t: Tensor, one_element: bool) -> list[list[Placement]]:
     """For each dimension of the mesh the placements of ``t`` that give every rank what its shard of ``partner`` needs."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -199,13 +201,9 @@ def _wanted(partner: DTensor, t: Tensor) -> list[list[Placement]]:
             factor = getattr(p, "split_factor", None)  # of FSDP2 over tensor-parallel shards
             moved = Shard(dim - missing) if factor is None else type(p)(dim - missing, split_factor=factor)  # type: ignore[call-arg]
             # One element or none on every rank: a replicated one broadcasts to both.
-            wanted.append([moved, Replicate()] if partner.shape[dim] == 1 else [moved])
+            wanted.append([moved, Replicate()] if one_element and partner.shape[dim] == 1 else [moved])
     return wanted
 
 
-def _first(wanted: Sequence[Sequence[Placement]]) -> list[Placement]:
-    return [options[0] for options in wanted]
-
-
-def _distributed(name: str, i: int, other_name: str, wanted: Sequence[Sequence[Placement]]) -> str:
-    return f"torch.distributed.tensor.distribute_tensor({name}[{i}], {other_name}[{i}].device_mesh, {_first(wanted)})"
+def _distributed(name: str, i: int, like: str, placements: Sequence[Placement]) -> str:
+    return f"torch.distributed.tensor.distribute_tensor({name}[{i}], {like}.device_mesh, {list(placements)})"
