@@ -38,20 +38,25 @@ def joins_in_backward(model: nn.Module) -> bool:
     return any(isinstance(m, kinds) for m in model.modules())
 
 
-def gradients(output: Tensor, model: nn.Module, slots: Sequence[Slot]) -> list[Tensor | None]:
-    """The gradients of ``output`` as ``backward()`` leaves them; every ``.grad`` is afterwards as it was."""
+def gradients(output: Tensor, parameters: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of ``output`` as ``backward()`` leaves them; every ``.grad`` is afterwards as it was.
+
+    ``parameters`` are all of the model's, listed before the forward pass: FSDP2 puts others in their places until backward has come by.
+    """
+    with capture_gradients(parameters) as captured:
+        output.backward()  # type: ignore[no-untyped-call]
+    by_parameter = {id(p): g for p, g in zip(parameters, captured, strict=True)}
+    return [by_parameter[id(p)] for p in wanted]
+
+
+def check_hooks(slots: Sequence[Slot]) -> None:
+    """No hook would take a gradient for one of training. On plain parameters they may be DistributedDataParallel's own."""
     for slot in slots:
-        # The hooks of plain parameters may be DistributedDataParallel's own.
         if _sharded.is_sharded([p := slot.parameter()]) and p._post_accumulate_grad_hooks:
             raise ValueError(
                 f"the parameter {slot.name!r} has a post-accumulate-grad hook, which would run (and perhaps step an optimizer) while "
                 "importance is computed; remove it for the time of end_task"
             )
-    parameters = list(model.parameters())
-    with capture_gradients(parameters) as captured:
-        output.backward()  # type: ignore[no-untyped-call]
-    by_parameter = {id(p): g for p, g in zip(parameters, captured, strict=True)}
-    return [by_parameter[id(slot.parameter())] for slot in slots]
 
 
 def first_failing(tensors: Sequence[Tensor], holds: Callable[[Tensor], Tensor]) -> int | None:

@@ -56,9 +56,12 @@ def sum_gradients(
 
     Returns the number of batches. Raises as :meth:`fastcl.methods.SPG.end_task` says.
     """
-    trained = [(total.zero_(), slot) for total, slot in zip(totals, slots, strict=True) if slot.parameter().requires_grad]
+    trained = [(total.zero_(), p) for total, slot in zip(totals, slots, strict=True) if (p := slot.parameter()).requires_grad]
+    wanted, everything = [p for _, p in trained], list(model.parameters())
     device = slots[0].parameter().device
     joined = _distributed.joins_in_backward(model)
+    if joined:
+        _distributed.check_hooks(slots)
     batches = 0
     for batch in loader:
         x, y = (_usable(part, device) for part in _pair(batch))
@@ -67,10 +70,10 @@ def sum_gradients(
             raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
         grads: Sequence[Tensor | None] = ()
         if trained and joined:
-            grads = _distributed.gradients(output, model, [slot for _, slot in trained])
+            grads = _distributed.gradients(output, everything, wanted)
         elif trained:
             # Not backward(): hooks that step an optimizer as soon as a gradient arrives must not run here.
-            grads = torch.autograd.grad(output, [slot.parameter() for _, slot in trained], allow_unused=True)
+            grads = torch.autograd.grad(output, wanted, allow_unused=True)
         with torch.no_grad():
             for (total, _), grad in zip(trained, grads, strict=True):
                 if grad is not None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from fastcl.ops import _checks, _dispatch, _sharded
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -157,19 +153,22 @@ def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence
     for name, head in named:
         _checks.same_shape(name, head, "accumulated", accumulated)
         _sharded.check_matching(name, head, "accumulated", accumulated, one_element=False)
-    stored = _sharded.local("accumulated", accumulated)
-    heads = [_sharded.local(name, head) for name, head in named]
+    stored = [_dispatch.plain(t) for t in _sharded.local("accumulated", accumulated)]
+    heads = [[_dispatch.plain(t) for t in _sharded.local(name, head)] for name, head in named]
     _check_spg(stored, [g for head in heads for g in head], len(heads))
     device = stored[0].device
     counted = _sharded.counted(accumulated, mesh)
-    moments = _whole_moments(_own_moments(stored, heads, counted), mesh)
+    moments = _own_moments(stored, heads, counted)
+    if heads:
+        moments = _whole_moments(_sharded.all_gather(moments, mesh))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for counts in (True, False):
         members = [i for i, t in enumerate(stored) if t.numel() and counted[i] == counts]
         if members:
             s, *columns = ([column[i] for i in members] for column in (stored, *heads))
             mean = _dispatch.run("spg_update_", device, s, columns, [_rows(moments, members)])
-            total += mean * sum(t.numel() for t in s) if counts else 0
+            if counts:
+                total += mean * sum(t.numel() for t in s)
     _sharded.bump_versions(accumulated)
     return _sharded.all_reduce_sum(total, mesh) / max(1, sum(t.numel() for t in accumulated))
 
@@ -189,18 +188,19 @@ def _own_moments(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]], co
     members = [i for i, t in enumerate(stored) if t.numel() and counted[i]]
     columns = [none] * len(stored)
     if members and heads:
-        s, *h = ([_dispatch.plain(column[i]) for i in members] for column in (stored, *heads))
+        s, *h = ([column[i] for i in members] for column in (stored, *heads))
         rows = _dispatch.run_reading("spg_moments", none.device, s, h)
         for i, row in zip(members, rows.unbind(1), strict=True):
             columns[i] = row
     return torch.stack(columns, 1)
 
 
-def _whole_moments(own: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The moments of all ranks' parts together, in the order of the ranks; relative to the first part's shift, as in a part to its own."""
-    if not own.numel():
-        return own
-    shift, count, mean, m2 = _sharded.all_gather(own, mesh).unbind(-1)
+def _whole_moments(parts: Tensor) -> Tensor:
+    """From the moments of every rank's part, [ranks, heads, tensors, 4], those of the whole tensors.
+
+    They are relative to the first part's shift, as every part's are to its own: large means cancel before anything is squared.
+    """
+    shift, count, mean, m2 = parts.unbind(-1)
     there = count > 0
     first = there & (there.cumsum(0) == 1)
     base = shift.where(first, 0).sum(0)
