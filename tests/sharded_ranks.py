@@ -21,7 +21,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from fastcl import backends, mask_gradients_, ops, reference, use_backend
+from fastcl import (
+    backends,
+    capture_gradients,
+    gem_project_gradients_,
+    mask_gradients_,
+    ops,
+    project_gradients_,
+    reference,
+    use_backend,
+)
 from fastcl.methods import SPG
 from fastcl.reference._storage import decode
 from fastcl.testing import CASES, clone, largest_error, unit_roundoff
@@ -496,6 +505,176 @@ def spg_state(world: int) -> None:
     hook.remove()
     fresh.end_task([data(0)], nn.functional.cross_entropy)
     assert fresh.tasks_seen == 1
+
+
+def projection_lists(cases: Sequence[Any], dtype: torch.dtype, count: int) -> list[list[Tensor]]:
+    return [[torch.randn(tuple(c[0]), generator=seeded(100 * k + n), dtype=F64).to(dtype) for n, c in enumerate(cases)] for k in range(count)]
+
+
+def spread_all(tensors: Sequence[Tensor], mesh: DeviceMesh, cases: Sequence[Any]) -> list[Tensor]:
+    return [spread(t, mesh, c[1]) for t, c in zip(tensors, cases, strict=True)]
+
+
+def same_everywhere(*values: Tensor) -> None:
+    """The decision is the same on all ranks, bit for bit."""
+    own = torch.cat([v.double().flatten() for v in values])
+    everyone = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    assert all(identical(other, own) for other in everyone)
+
+
+def nearly(a: Tensor, b: Tensor, scale: float) -> None:
+    assert not isinstance(a, DTensor)
+    torch.testing.assert_close(a, b, rtol=0, atol=64 * unit_roundoff(F64) * scale)
+
+
+@check(*WORLDS)
+def projection(world: int) -> None:
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtype in (F32, F64, BF16):
+                for sign in (-1, 1):
+                    g, r = projection_lists(cases, dtype, 2)
+                    r = [sign * a + b * 0.5 for a, b in zip(g, r, strict=True)]
+                    scale = sum(float((a.double() * b.double()).abs().sum()) for a, b in zip(g, r, strict=True))
+                    shards, others = (spread_all(t, mesh, cases) for t in (g, r))
+                    expected = ops.grad_dot(g, r)
+                    with CommDebugMode() as communication:
+                        dot = ops.grad_dot(shards, others)
+                    assert communication.get_total_counts() == 1
+                    nearly(dot, expected, scale)
+                    nearly(ops.gram([shards, others]), ops.gram([g, r]), 4 * scale)
+                    missing = [others[0], None, *others[2:-1], None]
+                    nearly(ops.grad_dot(shards, missing), ops.grad_dot(g, [r[0], None, *r[2:-1], None]), scale)
+                    versions = [t._version for t in shards]
+                    with CommDebugMode() as communication:
+                        info = ops.project_(shards, others)
+                    assert communication.get_total_counts() == 1
+                    wanted = ops.project_(g, r)
+                    assert bool(info.violated) == bool(wanted.violated) == (sign < 0)
+                    nearly(info.dot, wanted.dot, scale)
+                    nearly(info.reference_sq, wanted.reference_sq, 4 * scale)
+                    same_everywhere(*info)
+                    assert all(t._version > v for t, v in zip(shards, versions, strict=True))
+                    for a, b in zip(shards, g, strict=True):
+                        if sign > 0:
+                            assert identical(whole(a), b)
+                        else:  # one rounding more where the coefficient's last bit differs
+                            torch.testing.assert_close(whole(a), b, rtol=4 * unit_roundoff(dtype), atol=4 * unit_roundoff(dtype))
+
+
+@check(*WORLDS)
+def gem(world: int) -> None:
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtype, count in ((F64, 1), (F32, 3), (F64, 5)):
+                g, *memories = projection_lists(cases, dtype, 1 + count)
+                memories[0] = [m - a for m, a in zip(memories[0], g, strict=True)]
+                shards, *others = (spread_all(t, mesh, cases) for t in (g, *memories))
+                others[-1][3] = None
+                memories[-1][3] = None
+                with CommDebugMode() as communication:
+                    info = ops.gem_project_(shards, others, 0.5, 1e-3)
+                assert communication.get_total_counts() == 1
+                wanted = ops.gem_project_(g, memories, 0.5, 1e-3)
+                assert bool(info.violated)
+                assert bool(wanted.violated)
+                torch.testing.assert_close(info.coefficients, wanted.coefficients, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(info.dots, wanted.dots, rtol=1e-12, atol=1e-11)
+                same_everywhere(*info)
+                for a, b in zip(shards, g, strict=True):
+                    torch.testing.assert_close(whole(a), b, rtol=1e-11 if dtype == F64 else 1e-6, atol=1e-11 if dtype == F64 else 1e-6)
+
+
+@check(*WORLDS)
+def projection_of_nan(world: int) -> None:
+    """One NaN on one rank and every element on every rank is NaN."""
+    mesh = init_device_mesh("cpu", (world,))
+    for _ in serving():
+        g = [torch.ones(5, 2), torch.ones(3), torch.ones(1)]
+        r = [-t for t in g]
+        r[0][4, 1] = float("nan")
+        placements = [[Shard(0)], PLAIN, [Shard(0)]]
+        for call in (lambda a, b: ops.project_(a, b), lambda a, b: ops.gem_project_(a, [b])):
+            shards, others = ([spread(t, mesh, p) for t, p in zip(x, placements, strict=True)] for x in (g, r))
+            info = call(shards, others)
+            assert bool(info.violated)
+            assert all(whole(t).isnan().all() for t in shards)
+
+
+@check(2)
+def projection_errors(world: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    a, b = torch.rand(4, 6), torch.rand(4, 6)
+    shard, across = ([spread(t, mesh, [p]) for t in (a, b)] for p in (Shard(0), Shard(1)))
+    partial = DTensor.from_local(a.clone(), mesh, [Partial()])
+    refused(ValueError, r"b\[0\] has the placements .*must match", ops.grad_dot, shard[:1], across[:1])
+    refused(TypeError, r"a\[0\] has the placements .*Partial", ops.grad_dot, [partial], shard[:1])
+    refused(TypeError, r"vectors\[1\]\[0\] is a plain tensor", ops.gram, [shard[:1], [a]])
+    refused(ValueError, r"reference\[0\] has the placements", ops.project_, shard[:1], across[:1])
+    refused(TypeError, r"reference\[0\] is a DTensor", ops.project_, [a], shard[:1])
+    refused(ValueError, r"grads\[0\] requires grad", ops.project_, [shard[0].detach().requires_grad_()], shard[1:])
+    refused(ValueError, "share memory", ops.project_, shard[:1], shard[:1])
+    refused(ValueError, r"grads\[1\] is None and reference\[1\] is not", ops.project_, [shard[0], None], [shard[1], shard[1]])
+    refused(ValueError, r"memories\[1\]\[0\] has the placements", ops.gem_project_, shard[:1], [shard[1:], across[:1]])
+    refused(ValueError, r"ridge", ops.gem_project_, shard[:1], [shard[1:]], 0.5, -1.0)
+    refused(TypeError, "int64", ops.grad_dot, [spread(torch.arange(4), mesh, [Shard(0)])], [spread(torch.arange(4), mesh, [Shard(0)])])
+    with pytest.raises(Exception, match=r"disable|_sharded_projection"):
+        torch.compile(lambda g, r: ops.project_([g], [r]).dot, backend="aot_eager", fullgraph=True)(*shard)
+    torch._dynamo.reset()
+    copies = [t.clone() for t in shard]
+    expected = ops.project_(copies[:1], copies[1:])
+    found = torch.compile(lambda g, r: ops.project_([g], [r]).dot * 2, backend="aot_eager")(*shard)
+    assert identical(found, expected.dot * 2)
+    torch._dynamo.reset()
+
+
+@check(*WORLDS)
+def training_with_projection(world: int) -> None:
+    """A-GEM's and GEM's steps of a model, with a head that only the memory uses, and an evaluation in between."""
+
+    def train(model: nn.Module, ranks: int, gem: bool) -> tuple[dict[str, Tensor], list[bool]]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        violated = []
+
+        def backward(seed: int, head: int, sign: float = 1) -> None:
+            x, y = data(seed)
+            if ranks > 1:
+                x, y = part(x, ranks), part(y, ranks)
+            (sign * nn.functional.cross_entropy(model(x, head), y)).backward()
+
+        for step in range(4):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(data(0)[0])
+            with capture_gradients(model) as reference:
+                backward(step, 1, -1 if step % 2 else 1)
+            backward(step, 0)
+            before = [None if p.grad is None else whole(p.grad).clone() for p in model.parameters()]
+            with capture_gradients(model) as second:
+                backward(7, 0)
+            for p, old in zip(model.parameters(), before, strict=True):
+                assert (p.grad is None) == (old is None)
+                assert old is None or torch.equal(whole(p.grad), old)
+            if gem:
+                info = gem_project_gradients_(model, [reference, second])
+            else:
+                info = project_gradients_(model, reference)
+            violated.append(bool(info.violated))
+            optimizer.step()
+        return names(model), violated
+
+    for gem in (False, True):
+        single, decided = train(Net(), 1, gem)
+        assert gem or set(decided) == {False, True}
+        runs = [train(sharded(Net(), mesh), world, gem) for mesh in training_meshes(world)]
+        for views in (False, True):
+            model = DistributedDataParallel(Net(), find_unused_parameters=True, gradient_as_bucket_view=views)
+            runs.append(train(model, world, gem))
+        for run, violated in runs:
+            assert violated == decided
+            for name, p in single.items():
+                torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
 
 
 def main() -> None:

@@ -21,15 +21,16 @@ def _class(module: str, name: str) -> tuple[type[Any], ...]:
 
 
 def prepare(model: nn.Module) -> None:
-    """Put the sharded parameters in their places: after a forward pass without a backward FSDP2 leaves whole ones there.
+    """Put the sharded parameters in their places.
 
     Raises TypeError for FSDP1, whose flat parameters have lost the tensors that importance is about.
     """
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    if not isinstance(model, nn.Module):
+        return
+    _sharded.reshard(model)
+    for module in model.modules():
         if isinstance(module, _class("torch.distributed.fsdp", "FullyShardedDataParallel")):
             raise TypeError("model holds a FullyShardedDataParallel, whose parameters are flattened; use fully_shard (FSDP2) instead")
-        if isinstance(module, _class("torch.distributed.fsdp", "FSDPModule")):
-            module.reshard()
 
 
 def joins_in_backward(model: nn.Module) -> bool:

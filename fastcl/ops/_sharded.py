@@ -8,12 +8,14 @@ torch.distributed is imported only when a DTensor is there, which cannot be befo
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fastcl.ops import _checks, _dispatch
 
@@ -23,12 +25,44 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 Named: TypeAlias = tuple[str, Sequence[Tensor]]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_sharded(*lists: Sequence[Any]) -> bool:
     """Whether a DTensor is among the members of the lists."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(t, module.DTensor) for tensors in lists for t in tensors)
+
+
+def outside_graphs(function: F) -> F:
+    """torch.compile leaves its graph for such a function, which runs collectives and implementations; with fullgraph=True it says so."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*args)
+
+    return cast(F, call)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put an FSDP2 model's sharded parameters in their places: a forward pass without a backward leaves whole ones there."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is not None:
+        for m in model.modules():
+            if isinstance(m, module.FSDPModule):
+                m.reshard()
+
+
+def zeros_like(t: Tensor) -> Tensor:
+    """Zeros that take no memory, sharded as ``t`` is."""
+    d = _as_dtensor(t)
+    if d is None:
+        return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+    from torch.distributed.tensor import DTensor
+
+    zeros = zeros_like(_local(d))
+    return DTensor.from_local(zeros, d.device_mesh, d.placements, run_check=False, shape=d.shape, stride=d.stride())
 
 
 def _as_dtensor(t: Any) -> DTensor | None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from fastcl.ops import _checks, _dispatch, _sharded
 
@@ -94,7 +93,7 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
         _checks.listed(name, head)
         _checks.same_length(name, head, "accumulated", accumulated)
     if _sharded.is_sharded(accumulated, *grads_by_head):
-        return (_interrupting_spg if torch.compiler.is_compiling() else _sharded_spg)(accumulated, grads_by_head)
+        return _sharded_spg(accumulated, grads_by_head)
     mean: Tensor = torch.ops.fastcl.spg_importance_(accumulated, [g for head in grads_by_head for g in head], len(grads_by_head))
     return mean
 
@@ -144,6 +143,7 @@ _dispatch.define(
 )
 
 
+@_sharded.outside_graphs
 def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
     """The op on shards: moments of what this rank holds, those of all ranks together, and with them this rank's second sweep."""
     named = [(f"grads_by_head[{h}]", head) for h, head in enumerate(grads_by_head)]
@@ -171,10 +171,6 @@ def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence
                 total += mean * sum(t.numel() for t in s)
     _sharded.bump_versions(accumulated)
     return _sharded.all_reduce_sum(total, mesh) / max(1, sum(t.numel() for t in accumulated))
-
-
-# A collective in the middle: torch.compile leaves its graph here, or says that it may not.
-_interrupting_spg = _disable_dynamo(_sharded_spg)
 
 
 def _rows(moments: Tensor, members: Sequence[int]) -> Tensor:
