@@ -1,5 +1,7 @@
 #include "bind/gate.h"
 
+#include <cmath>
+
 #include "bind/torch_runtime.h"
 
 namespace py = pybind11;
@@ -110,7 +112,7 @@ bool Gate::take(const char* name, py::handle list, Access access, bool accepts_u
   return true;
 }
 
-bool Gate::take_number(const char* name, py::handle value, double& out) {
+bool Gate::take_number(const char* name, py::handle value, double most, double& out) {
   if (refusal_) return false;
   // Nothing here may run Python code (a __float__ of its own), which could change the tensors that have passed.
   if (PyFloat_Check(value.ptr()))
@@ -123,7 +125,20 @@ bool Gate::take_number(const char* name, py::handle value, double& out) {
     PyErr_Clear();
     return refuse(name, std::nullopt, "is too large");
   }
-  return out >= 0 && out <= 1 ? true : refuse(name, std::nullopt, "is outside [0, 1]");
+  return out >= 0 && out <= most && std::isfinite(out) ? true : refuse(name, std::nullopt, "is outside its range");
+}
+
+bool Gate::take_lists(const char* name, py::handle lists, size_t most, std::vector<Views>& out) {
+  if (refusal_) return false;
+  if (!PyTuple_CheckExact(lists.ptr()) && !PyList_CheckExact(lists.ptr())) return refuse(name, std::nullopt, "is not a list or tuple");
+  const py::object items = py::reinterpret_steal<py::object>(PySequence_Tuple(lists.ptr()));
+  if (!items) throw py::error_already_set();
+  const size_t n = size_t(PyTuple_GET_SIZE(items.ptr()));
+  if (n == 0 || n > most) return refuse(name, std::nullopt, "has no list or too many");
+  out.resize(n);
+  for (size_t k = 0; k < n; ++k)
+    if (!take(name, PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(k)), Access::reads, false, out[k])) return false;
+  return true;
 }
 
 bool Gate::same_length(const char* name, size_t length, size_t expected) {
@@ -152,9 +167,9 @@ bool Gate::contiguous(const char* name, const Views& views) {
   return true;
 }
 
-bool Gate::apart(const Views& written, const std::vector<const Views*>& reads) {
+bool Gate::apart(const Views& written, const std::vector<const Views*>& reads, bool partners_may_be_equal) {
   if (refusal_) return false;
-  return writes_overlap(written, reads) ? refuse("a written tensor", std::nullopt, "shares memory") : true;
+  return writes_overlap(written, reads, partners_may_be_equal) ? refuse("a written tensor", std::nullopt, "shares memory") : true;
 }
 
 py::object Gate::verdict() const { return refusal_ ? py::object(py::str(*refusal_)) : py::object(py::none()); }

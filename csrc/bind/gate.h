@@ -23,12 +23,16 @@ class Gate {
   // Reads a list or tuple of exact torch.Tensor or Parameter. False: refused. The gate keeps the tensors alive, since the list may change
   // in another thread while the lock is released.
   bool take(const char* name, pybind11::handle list, Access access, bool accepts_uint8, Views& out);
-  bool take_number(const char* name, pybind11::handle value, double& out);
+  // A number in [0, most], finite.
+  bool take_number(const char* name, pybind11::handle value, double most, double& out);
+  // A list of at most most lists, each as take() accepts it.
+  bool take_lists(const char* name, pybind11::handle lists, size_t most, std::vector<Views>& out);
   bool same_length(const char* name, size_t length, size_t expected);
   bool broadcast(const char* name, const Views& read, const Views& written);
   bool same_shapes(const char* name, const Views& views, const Views& others);
   bool contiguous(const char* name, const Views& views);
-  bool apart(const Views& written, const std::vector<const Views*>& reads);
+  // No written tensor shares memory; if partners_may_be_equal, it may be the read one of its own place, element for element.
+  bool apart(const Views& written, const std::vector<const Views*>& reads, bool partners_may_be_equal = true);
 
   // The index of the tensors' device; -1 before the first tensor.
   int32_t device_index() const { return device_index_; }

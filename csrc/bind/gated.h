@@ -32,7 +32,7 @@ struct Gated {
     Views g, i;
     double s = 0;
     if (!(gate.take("grads", grads, Access::writes, false, g) && gate.take("importance", importance, Access::reads, true, i) &&
-          gate.take_number("strength", strength, s) && gate.broadcast("importance", i, g) && gate.apart(g, {&i})))
+          gate.take_number("strength", strength, 1, s) && gate.broadcast("importance", i, g) && gate.apart(g, {&i})))
       return gate.verdict();
     return run(gate, [&](Backend& backend) { backend.soft_mask_(g, i, s); });
   }
@@ -59,7 +59,7 @@ struct Gated {
       reads.push_back(&heads[h]);
     }
     if (!passed || !gate.apart(a, reads)) return gate.verdict();
-    NewTensor mean(Backend::device_type, std::max(gate.device_index(), 0), {dlpack::kFloat, 64, 1}, 1, true);
+    NewTensor mean(Backend::device_type, std::max(gate.device_index(), 0), {dlpack::kFloat, 64, 1}, {});
     const pybind11::object refused = run(gate, [&](Backend& backend) { backend.spg_importance_(a, heads, mean.template data<double>()); });
     return refused.is_none() ? mean.to_python() : refused;
   }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/gated.h"
+#include "bind/gated_projection.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
 
@@ -21,6 +22,18 @@ struct Cpu {
   void emax_(const Views& importance, const Views& fresh) { cpu::emax_(importance, fresh, pool); }
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
     *mean = cpu::spg_importance_(accumulated, grads_by_head, pool);
+  }
+  void grad_dot(const Views& a, const Views& b, double* out) { *out = cpu::grad_dot(a, b, pool); }
+  void gram(const std::vector<Views>& vectors, double* out) { cpu::gram(vectors, out, pool); }
+  void project_(const Views& grads, const Views& reference, double* out) { cpu::project_(grads, reference, out, pool); }
+  void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out) {
+    cpu::gem_project_(grads, memories, margin, ridge, out, pool);
+  }
+  void gem_coefficients(const double* products, int k, double margin, double ridge, double* out) {
+    cpu::gem_coefficients(products, k, margin, ridge, out);
+  }
+  void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
+    cpu::combine_(grads, memories, coefficients, pool);
   }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
@@ -53,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("soft_mask_", &Gated<Cpu>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   m.def("spg_importance_", &Gated<Cpu>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  define_projection<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -51,8 +51,8 @@ class Cuda {
   cuda::Workspace workspace() {
     return [this](int64_t doubles) {
       py::gil_scoped_acquire acquire;
-      const int64_t elements = doubles > 0 ? doubles : 1;
-      return memory_.emplace_back(device_type, stream_.device, dlpack::DataType{dlpack::kFloat, 64, 1}, elements, false).data<double>();
+      const std::vector<int64_t> shape{std::max<int64_t>(doubles, 1)};
+      return memory_.emplace_back(device_type, stream_.device, dlpack::DataType{dlpack::kFloat, 64, 1}, shape).data<double>();
     };
   }
 };
@@ -63,7 +63,7 @@ py::object yardstick_read(const py::object& read) {
   Views r;
   if (!gate.take("read", read, Access::reads, true, r) || !gate.contiguous("read", r)) return gate.verdict();
   constexpr uint8_t kInt = 0;
-  NewTensor folded(dlpack::kCUDA, std::max(gate.device_index(), 0), {kInt, 64, 1}, 1, true);
+  NewTensor folded(dlpack::kCUDA, std::max(gate.device_index(), 0), {kInt, 64, 1}, {});
   const py::object refused = Gated<Cuda>::run(gate, [&](Cuda& backend) { backend.yardstick_read(r, folded.data<uint64_t>()); });
   return refused.is_none() ? folded.to_python() : refused;
 }

@@ -81,9 +81,11 @@ int torch_threads() {
   return int(threads);
 }
 
-NewTensor::NewTensor(int32_t device_type, int32_t device_index, dlpack::DataType dtype, int64_t elements, bool zero_dim) {
-  int64_t stride = 1;
-  dlpack::Tensor prototype{nullptr, {device_type, device_index}, zero_dim ? 0 : 1, dtype, &elements, &stride, 0};
+NewTensor::NewTensor(int32_t device_type, int32_t device_index, dlpack::DataType dtype, std::vector<int64_t> shape) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t elements = 1;
+  for (size_t d = shape.size(); d-- > 0; elements *= shape[d]) strides[d] = elements;
+  dlpack::Tensor prototype{nullptr, {device_type, device_index}, int32_t(shape.size()), dtype, shape.data(), strides.data(), 0};
   if (torch_runtime().api->allocate(&prototype, &managed_, nullptr, throw_allocation_error) != 0 || managed_ == nullptr) {
     if (PyErr_Occurred()) throw py::error_already_set();
     throw std::runtime_error("torch could not allocate");

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "bind/dlpack_abi.h"
 #include "core/parallel.h"
 
@@ -35,7 +37,7 @@ int torch_threads();
 // An uninitialised tensor from torch's allocator (on CUDA the caching one), as memory to write and as an object to hand to Python.
 class NewTensor {
  public:
-  NewTensor(int32_t device_type, int32_t device_index, dlpack::DataType dtype, int64_t elements, bool zero_dim);
+  NewTensor(int32_t device_type, int32_t device_index, dlpack::DataType dtype, std::vector<int64_t> shape);
   ~NewTensor();
   NewTensor(const NewTensor&) = delete;
   NewTensor& operator=(const NewTensor&) = delete;

@@ -163,9 +163,9 @@ inline void sort_spans(std::vector<Span>& spans) {
   std::sort(spans.begin(), spans.end(), before);
 }
 
-// Whether the order of writes could show: two written views share memory, or a written one shares memory with a read one that is not its
-// own partner, element for element. Interleaved views of one buffer count as sharing.
-inline bool writes_overlap(const Views& written, const std::vector<const Views*>& reads) {
+// Whether the order of writes could show: two written views share memory, or a written one shares memory with a read one that is not (or
+// may not be) its own partner, element for element. Interleaved views of one buffer count as sharing.
+inline bool writes_overlap(const Views& written, const std::vector<const Views*>& reads, bool partners_may_be_equal = true) {
   std::vector<Span> writes, others;
   writes.reserve(written.size());
   for (const View& w : written) {
@@ -181,7 +181,7 @@ inline bool writes_overlap(const Views& written, const std::vector<const Views*>
     others.reserve(list->size());
     for (size_t i = 0; i < list->size(); ++i) {
       const View& r = (*list)[i];
-      if (r.numel() == 0 || (i < written.size() && same_layout(written[i], r))) continue;
+      if (r.numel() == 0 || (partners_may_be_equal && i < written.size() && same_layout(written[i], r))) continue;
       others.push_back({r.data, r.end()});
     }
     sort_spans(others);

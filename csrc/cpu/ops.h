@@ -15,6 +15,22 @@ void emax_(const Views& importance, const Views& fresh, const Pool& pool);
 // Returns the mean of accumulated after the update; 0 if there is no element.
 double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool);
 
+// Dot product over all tensors, in a fixed order.
+double grad_dot(const Views& a, const Views& b, const Pool& pool);
+
+// The symmetric matrix [k, k] of all dot products of k lists.
+void gram(const std::vector<Views>& vectors, double* products, const Pool& pool);
+
+// out: g.r, r.r and what was added of the reference.
+void project_(const Views& grads, const Views& reference, double* out, const Pool& pool);
+
+// out: as core's gem_coefficients.
+void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out, const Pool& pool);
+void gem_coefficients(const double* products, int k, double margin, double ridge, double* out);
+
+// grads += sum_k coefficients[k] memories[k]; nothing is read or written if all coefficients are 0.
+void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool);
+
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);
 uint64_t yardstick_read(const Views& read, const Pool& pool);

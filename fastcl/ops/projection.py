@@ -245,6 +245,8 @@ def _run_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor
 
 def _fake_gem(grads: Sequence[Tensor], memories: Sequence[Tensor], count: int, margin: float, ridge: float) -> Tensor:
     _check_written(grads, _split("memories", memories, count))
+    _checks.at_least_zero("margin", margin)
+    _checks.at_least_zero("ridge", ridge)
     return _empty(grads, 2 * count + 1)
 
 

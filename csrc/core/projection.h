@@ -1,0 +1,218 @@
+// A-GEM's and GEM's decisions, made from dot products where these are. The solver is written for a team of threads that share memory: one
+// on the CPU, a block on a GPU.
+#pragma once
+
+#include <cmath>
+
+#include "core/scalar.h"
+
+namespace fastcl {
+
+// What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer numbers.
+FASTCL_HD double agem_coefficient(double dot, double square) { return dot >= 0 && square < INFINITY ? 0.0 : -dot / square; }
+
+// Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
+template <class M>
+FASTCL_HD double add_scaled(double sum, double coefficient, M memory) {
+  return sum + coefficient * load<double>(memory);
+}
+
+constexpr int kMostMemories = 64;
+constexpr double kRoundoff = 0x1p-52;
+
+// One thread that does everything.
+struct Alone {
+  static constexpr int rank = 0, size = 1;
+  FASTCL_HD void sync() const {}
+};
+
+// min_u 1/2 u^T Q u + p^T u  subject to  u >= 0,  Q positive semi-definite: Lawson and Hanson's active set (Solving Least Squares Problems,
+// 1974, chapter 23). The passive block of Q is inverted in place by Gauss-Jordan sweeps, whose rank-one updates a team can share, and each
+// solution is refined twice against Q itself. The variables are scaled so that Q has a unit diagonal; one that depends linearly on the
+// passive ones stays at 0. All threads of a team run through the same branches, since they decide from the same shared numbers.
+struct NonnegativeQP {
+  int n;
+  double* q;         // [n, n], scaled
+  double* inverse;   // [n, n]: of the passive block; elsewhere what the sweeps make of Q
+  double* p;         // [n], scaled
+  double* u;         // [n]: the solution, scaled
+  double* s;         // [n]: the minimum over the passive variables
+  double* residual;  // [n]
+  double* row;       // [n]
+  int* passive;      // [n]
+  int* blocked;      // [n]: refused as dependent since the last step
+
+  static constexpr int kVectors = 5;
+  static constexpr int kFlags = 2;
+
+  template <class Team>
+  FASTCL_HD void sweep(int k, const Team& team) const {
+    const double pivot = inverse[k * n + k];
+    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * n + j] / pivot;
+    team.sync();
+    for (int i = team.rank; i < n; i += team.size) {
+      if (i == k) continue;
+      double* own = inverse + i * n;
+      const double factor = own[k];
+      for (int j = 0; j < n; ++j) own[j] -= factor * row[j];
+      own[k] = -factor / pivot;
+    }
+    team.sync();
+    for (int j = team.rank; j < n; j += team.size) inverse[k * n + j] = j == k ? 1 / pivot : row[j];
+    team.sync();
+  }
+
+  // From Q anew: what was swept in is not swept out, so that no rounding piles up.
+  template <class Team>
+  FASTCL_HD void factor(const Team& team) const {
+    for (int e = team.rank; e < n * n; e += team.size) inverse[e] = q[e];
+    team.sync();
+    for (int k = 0; k < n; ++k)
+      if (passive[k]) sweep(k, team);
+  }
+
+  template <class Team>
+  FASTCL_HD void minimum(const Team& team) const {
+    for (int i = team.rank; i < n; i += team.size) s[i] = 0;
+    team.sync();
+    for (int refinement = 0; refinement < 3; ++refinement) {
+      for (int i = team.rank; i < n; i += team.size) {
+        double sum = p[i];
+        for (int j = 0; j < n; ++j) sum += q[i * n + j] * s[j];
+        residual[i] = passive[i] ? sum : 0;
+      }
+      team.sync();
+      for (int i = team.rank; i < n; i += team.size) {
+        if (!passive[i]) continue;
+        double sum = 0;
+        for (int j = 0; j < n; ++j) sum += inverse[i * n + j] * residual[j];
+        s[i] -= sum;
+      }
+      team.sync();
+    }
+  }
+
+  // The free variable along which the objective falls most steeply, beyond rounding; -1 if there is none.
+  template <class Team>
+  FASTCL_HD int steepest(const Team& team) const {
+    for (int i = team.rank; i < n; i += team.size) {
+      double gradient = p[i], magnitude = fabs(p[i]);
+      for (int j = 0; j < n; ++j) {
+        gradient += q[i * n + j] * u[j];
+        magnitude += fabs(q[i * n + j]) * u[j];
+      }
+      residual[i] = !passive[i] && !blocked[i] && gradient < -4 * n * kRoundoff * magnitude ? gradient : 0;
+    }
+    team.sync();
+    int best = -1;
+    for (int i = 0; i < n; ++i)
+      if (residual[i] < (best < 0 ? 0 : residual[best])) best = i;
+    team.sync();
+    return best;
+  }
+
+  // Moves from u towards s as far as no passive variable becomes negative, and fixes those that reach 0. False: s is feasible.
+  template <class Team>
+  FASTCL_HD bool step_back(const Team& team) const {
+    double shortest = 2;
+    for (int i = 0; i < n; ++i)
+      if (passive[i] && s[i] <= 0) shortest = fmin(shortest, u[i] / (u[i] - s[i]));
+    team.sync();
+    if (shortest == 2) return false;
+    for (int i = team.rank; i < n; i += team.size) {
+      if (!passive[i]) continue;
+      const bool leaves = s[i] <= 0 && u[i] / (u[i] - s[i]) <= shortest;
+      u[i] = leaves ? 0 : u[i] + shortest * (s[i] - u[i]);
+      passive[i] = !leaves;
+    }
+    team.sync();
+    factor(team);
+    minimum(team);
+    return true;
+  }
+
+  template <class Team>
+  FASTCL_HD void solve(const Team& team) const {
+    for (int i = team.rank; i < n; i += team.size) {
+      u[i] = 0;
+      passive[i] = 0;
+      blocked[i] = 0;
+    }
+    team.sync();
+    factor(team);
+    for (int step = 0; step < 16 * n + 16; ++step) {
+      const int entering = steepest(team);
+      if (entering < 0) return;
+      bool enters = inverse[entering * n + entering] > 16 * n * kRoundoff;
+      if (enters) {
+        if (team.rank == 0) passive[entering] = 1;
+        team.sync();
+        sweep(entering, team);
+        minimum(team);
+        enters = s[entering] > 0;
+        team.sync();
+        if (!enters) {
+          if (team.rank == 0) passive[entering] = 0;
+          team.sync();
+          factor(team);
+        }
+      }
+      if (!enters) {
+        if (team.rank == 0) blocked[entering] = 1;
+        team.sync();
+        continue;
+      }
+      while (step_back(team)) {
+      }
+      for (int i = team.rank; i < n; i += team.size) {
+        u[i] = s[i];
+        blocked[i] = 0;
+      }
+      team.sync();
+    }
+  }
+};
+
+// Doubles and ints that gem_coefficients works in.
+constexpr int64_t gem_workspace_doubles(int k) { return int64_t(2) * k * k + NonnegativeQP::kVectors * k; }
+constexpr int64_t gem_workspace_ints(int k) { return int64_t(NonnegativeQP::kFlags) * k; }
+
+// GEM's coefficients from the Gram matrix [k + 1, k + 1] of the memories and, last, the gradient.
+// out: [violated, v_0 ... v_k-1, G_0 . g ... G_k-1 . g]; zeros for v if nothing is violated, NaN if the products are no longer numbers.
+template <class Team>
+FASTCL_HD void gem_coefficients(const double* products, int k, double margin, double ridge, double* out, double* doubles, int* ints,
+                                const Team& team) {
+  bool violated = false, numbers = true;
+  for (int i = 0; i < k; ++i) {
+    violated = violated || !(products[i * (k + 1) + k] >= 0) || !(products[i * (k + 1) + i] < INFINITY);
+    for (int j = 0; j <= k; ++j) numbers = numbers && fabs(products[i * (k + 1) + j]) < INFINITY;
+  }
+  double* vectors = doubles + 2 * k * k;
+  const NonnegativeQP qp{k,    doubles, doubles + k * k, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
+                         ints, ints + k};
+  if (violated && numbers) {
+    const auto scale = [&](int i) {
+      const double d = products[i * (k + 1) + i] + ridge;
+      return d > 0 ? 1 / sqrt(d) : 0;
+    };
+    // u = v - margin turns the bound into u >= 0 and the linear term into b + margin Q 1.
+    for (int i = team.rank; i < k; i += team.size) {
+      double sum = 0;
+      for (int j = 0; j < k; ++j) {
+        const double element = products[i * (k + 1) + j] + (i == j ? ridge : 0);
+        sum += element;
+        qp.q[i * k + j] = i == j ? (element > 0 ? 1 : 0) : scale(i) * element * scale(j);
+      }
+      qp.p[i] = scale(i) * (products[i * (k + 1) + k] + margin * sum);
+    }
+    team.sync();
+    qp.solve(team);
+    for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + scale(i) * qp.u[i];
+  } else {
+    for (int i = team.rank; i < k; i += team.size) out[1 + i] = violated ? NAN : 0.0;
+  }
+  for (int i = team.rank; i < k; i += team.size) out[1 + k + i] = products[i * (k + 1) + k];
+  if (team.rank == 0) out[0] = violated ? 1 : 0;
+}
+
+}  // namespace fastcl

@@ -1,0 +1,281 @@
+// Dot products and projections. Compiled with contraction into fused multiply-adds: products of float, bfloat16 and half are exact in
+// double, so the sums keep their bits, and doubles are held to a tolerance.
+
+#include "core/projection.h"
+
+#include <array>
+
+#include "core/dtypes.h"
+#include "cpu/joint.h"
+#include "cpu/ops.h"
+
+namespace fastcl::cpu {
+namespace {
+
+constexpr int64_t kPart = 16384;
+// What is worked on at once; it stays in the first-level cache.
+constexpr int64_t kBlock = 1024;
+constexpr int kLanes = 32;
+
+FASTCL_HD double fold_lanes(double* lane) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+template <class A, class B>
+FASTCL_CLONES double dot_block(const char* a_data, const char* b_data, int64_t n) {
+  const A* a = reinterpret_cast<const A*>(a_data);
+  const B* b = reinterpret_cast<const B*>(b_data);
+  double lane[kLanes] = {};
+  int64_t e = 0;
+  for (; e + kLanes <= n; e += kLanes)
+    for (int l = 0; l < kLanes; ++l) lane[l] += load<double>(a[e + l]) * load<double>(b[e + l]);
+  for (int l = 0; e < n; ++e, ++l) lane[l] += load<double>(a[e]) * load<double>(b[e]);
+  return fold_lanes(lane);
+}
+
+using Dot = double (*)(const char*, const char*, int64_t);
+Dot dot_of(DType a, DType b) {
+  return with_floating(a, [&](auto x) {
+    return with_floating(b, [](auto y) -> Dot { return dot_block<typename decltype(x)::type, typename decltype(y)::type>; });
+  });
+}
+
+template <class T>
+FASTCL_CLONES void widen_run(const char* data, int64_t stride, int64_t n, double* out) {
+  const T* x = reinterpret_cast<const T*>(data);
+  if (stride == 1)
+    for (int64_t e = 0; e < n; ++e) out[e] = load<double>(x[e]);
+  else
+    for (int64_t e = 0; e < n; ++e) out[e] = load<double>(x[e * stride]);
+}
+
+void widen(const Operand& from, int64_t stride, int64_t skip, int64_t n, double* out) {
+  with_floating(from.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    widen_run<T>(from.data + skip * stride * int64_t(sizeof(T)), stride, n, out);
+  });
+}
+
+// Neighbours are added first, so that the error grows with the logarithm of the count.
+void add_pairwise(double* parts, int64_t count, int64_t width) {
+  for (int64_t step = 1; step < count; step *= 2)
+    for (int64_t p = 0; p + step < count; p += 2 * step)
+      for (int64_t w = 0; w < width; ++w) parts[p * width + w] += parts[(p + step) * width + w];
+}
+
+struct Products {
+  double dot, square;
+};
+
+// a . b, and with_square b . b as well, in one sweep.
+Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool& pool) {
+  const JointSweep sweep({&a, &b}, kPart);
+  std::vector<double> parts(size_t(sweep.parts()) * 2);
+  pool.each(sweep.parts(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      double dot = 0, square = 0;
+      sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
+        double packed[2][kBlock];
+        const Dot product = strides != nullptr ? dot_of(DType::f64, DType::f64) : dot_of(at[0].dtype, at[1].dtype);
+        const Dot own = strides != nullptr ? product : dot_of(at[1].dtype, at[1].dtype);
+        for (int64_t done = 0; done < n; done += kBlock) {
+          const int64_t m = std::min(kBlock, n - done);
+          const char *x = at[0].data + done * size_of(at[0].dtype), *y = at[1].data + done * size_of(at[1].dtype);
+          if (strides != nullptr) {
+            for (int o = 0; o < 2; ++o) widen(at[o], strides[o], done, m, packed[o]);
+            x = reinterpret_cast<const char*>(packed[0]);
+            y = reinterpret_cast<const char*>(packed[1]);
+          }
+          dot += product(x, y, m);
+          if (with_square) square += own(y, y, m);
+        }
+      });
+      parts[2 * p] = dot;
+      parts[2 * p + 1] = square;
+    }
+  });
+  if (parts.empty()) return {0, 0};
+  add_pairwise(parts.data(), sweep.parts(), 2);
+  return {parts[0], parts[1]};
+}
+
+// ---- Gram matrix
+
+// Eight doubles whatever the processor has; a tile of products stays in registers.
+typedef double Wide __attribute__((vector_size(64)));
+constexpr int kWide = 8, kTileRows = 4, kTileColumns = 2;
+constexpr int64_t kGramBlock = 256;
+// Few, so that the partial matrices stay small against the vectors.
+constexpr int64_t kGramParts = 128;
+
+constexpr int64_t triangle(int64_t row, int64_t column) { return row * (row + 1) / 2 + column; }
+
+// products[i >= j] += rows i . j of [k][kGramBlock] doubles, what is behind the data being zero.
+FASTCL_CLONES void gram_block(const double* rows, int k, double* products) {
+  for (int top = 0; top < k; top += kTileRows)
+    for (int left = 0; left <= std::min(top + kTileRows, k) - 1; left += kTileColumns) {
+      const double *a[kTileRows], *b[kTileColumns];
+      for (int r = 0; r < kTileRows; ++r) a[r] = rows + std::min(top + r, k - 1) * kGramBlock;
+      for (int c = 0; c < kTileColumns; ++c) b[c] = rows + std::min(left + c, k - 1) * kGramBlock;
+      Wide sum[kTileRows][kTileColumns] = {};
+      for (int64_t e = 0; e < kGramBlock; e += kWide) {
+        Wide x[kTileRows], y[kTileColumns];
+        for (int r = 0; r < kTileRows; ++r) memcpy(&x[r], a[r] + e, sizeof(Wide));
+        for (int c = 0; c < kTileColumns; ++c) memcpy(&y[c], b[c] + e, sizeof(Wide));
+        for (int r = 0; r < kTileRows; ++r)
+          for (int c = 0; c < kTileColumns; ++c) sum[r][c] += x[r] * y[c];
+      }
+      for (int r = 0; r < kTileRows; ++r)
+        for (int c = 0; c < kTileColumns; ++c) {
+          if (top + r >= k || left + c > top + r) continue;
+          const Wide s = sum[r][c];
+          products[triangle(top + r, left + c)] += ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+        }
+    }
+}
+
+void gram_sweep(const std::vector<const Views*>& lists, double* products, const Pool& pool) {
+  const int k = int(lists.size());
+  const int64_t entries = triangle(k, 0);
+  int64_t total = 0;
+  for (const View& v : *lists[0]) total += v.numel();
+  const int64_t part = std::max(kPart, (total / kGramParts + kGramBlock) / kGramBlock * kGramBlock);
+  const JointSweep sweep(lists, part);
+  std::vector<double> parts(size_t(std::max<int64_t>(sweep.parts(), 1) * entries));
+  pool.each(sweep.parts(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> rows(size_t(k) * kGramBlock);
+    for (int64_t p = begin; p < end; ++p) {
+      int64_t filled = 0;  // runs of small tensors are packed together
+      const auto flush = [&] {
+        for (int row = 0; row < k; ++row) std::fill(rows.begin() + row * kGramBlock + filled, rows.begin() + (row + 1) * kGramBlock, 0.0);
+        gram_block(rows.data(), k, parts.data() + p * entries);
+        filled = 0;
+      };
+      sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
+        for (int64_t done = 0; done < n;) {
+          const int64_t m = std::min(kGramBlock - filled, n - done);
+          for (int row = 0; row < k; ++row)
+            widen(at[row], strides != nullptr ? strides[row] : 1, done, m, rows.data() + row * kGramBlock + filled);
+          filled += m;
+          done += m;
+          if (filled == kGramBlock) flush();
+        }
+      });
+      if (filled > 0) flush();
+    }
+  });
+  add_pairwise(parts.data(), sweep.parts(), entries);
+  for (int i = 0; i < k; ++i)
+    for (int j = 0; j <= i; ++j) products[i * k + j] = products[j * k + i] = parts[size_t(triangle(i, j))];
+}
+
+std::vector<const Views*> pointers(const std::vector<Views>& lists) {
+  std::vector<const Views*> out;
+  for (const Views& list : lists) out.push_back(&list);
+  return out;
+}
+
+// ---- g + sum_k v_k m_k
+
+template <class G, class M>
+FASTCL_CLONES void add_run(char* grad, const char* memory, int64_t n, double coefficient) {
+  G* __restrict g = reinterpret_cast<G*>(grad);
+  const M* __restrict m = reinterpret_cast<const M*>(memory);
+  for (int64_t e = 0; e < n; ++e) g[e] = store<G>(add_scaled(load<double>(g[e]), coefficient, m[e]));
+}
+
+template <class M>
+FASTCL_CLONES void add_to(double* __restrict sum, const char* memory, int64_t n, double coefficient) {
+  const M* __restrict m = reinterpret_cast<const M*>(memory);
+  for (int64_t e = 0; e < n; ++e) sum[e] = add_scaled(sum[e], coefficient, m[e]);
+}
+
+template <class G>
+FASTCL_CLONES void narrow_run(const double* sum, char* data, int64_t stride, int64_t n) {
+  G* g = reinterpret_cast<G*>(data);
+  if (stride == 1)
+    for (int64_t e = 0; e < n; ++e) g[e] = store<G>(sum[e]);
+  else
+    for (int64_t e = 0; e < n; ++e) g[e * stride] = store<G>(sum[e]);
+}
+
+void add_block(const Operand* at, const int64_t* strides, int64_t done, int64_t m, const std::vector<double>& coefficients) {
+  double sum[kBlock], memory[kBlock];
+  widen(at[0], strides != nullptr ? strides[0] : 1, done, m, sum);
+  for (size_t k = 0; k < coefficients.size(); ++k) {
+    const Operand& from = at[k + 1];
+    if (strides != nullptr) {
+      widen(from, strides[k + 1], done, m, memory);
+      add_to<double>(sum, reinterpret_cast<const char*>(memory), m, coefficients[k]);
+    } else {
+      with_floating(from.dtype, [&](auto t) {
+        using M = typename decltype(t)::type;
+        add_to<M>(sum, from.data + done * int64_t(sizeof(M)), m, coefficients[k]);
+      });
+    }
+  }
+  with_floating(at[0].dtype, [&](auto t) {
+    using G = typename decltype(t)::type;
+    const int64_t stride = strides != nullptr ? strides[0] : 1;
+    narrow_run<G>(sum, at[0].data + done * stride * int64_t(sizeof(G)), stride, m);
+  });
+}
+
+}  // namespace
+
+double grad_dot(const Views& a, const Views& b, const Pool& pool) { return dot_sweep(a, b, false, pool).dot; }
+
+void gram(const std::vector<Views>& vectors, double* products, const Pool& pool) { gram_sweep(pointers(vectors), products, pool); }
+
+void project_(const Views& grads, const Views& reference, double* out, const Pool& pool) {
+  const Products products = dot_sweep(grads, reference, true, pool);
+  out[0] = products.dot;
+  out[1] = products.square;
+  out[2] = agem_coefficient(products.dot, products.square);
+  combine_(grads, {reference}, out + 2, pool);
+}
+
+void gem_coefficients(const double* products, int k, double margin, double ridge, double* out) {
+  std::vector<double> doubles(size_t(gem_workspace_doubles(k)));
+  std::vector<int> ints(size_t(gem_workspace_ints(k)));
+  fastcl::gem_coefficients(products, k, margin, ridge, out, doubles.data(), ints.data(), Alone{});
+}
+
+void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out, const Pool& pool) {
+  std::vector<const Views*> lists = pointers(memories);
+  lists.push_back(&grads);
+  std::vector<double> products(lists.size() * lists.size());
+  gram_sweep(lists, products.data(), pool);
+  gem_coefficients(products.data(), int(memories.size()), margin, ridge, out);
+  combine_(grads, memories, out + 1, pool);
+}
+
+void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool) {
+  std::vector<const Views*> lists{&grads};
+  std::vector<double> used;
+  for (size_t k = 0; k < memories.size(); ++k) {
+    if (coefficients[k] == 0) continue;
+    used.push_back(coefficients[k]);
+    lists.push_back(&memories[k]);
+  }
+  if (used.empty()) return;
+  const JointSweep sweep(lists, kPart);
+  pool.each(sweep.parts(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
+        if (strides == nullptr && used.size() == 1) {
+          with_floating(at[0].dtype, [&](auto g) {
+            with_floating(at[1].dtype, [&](auto m) {
+              add_run<typename decltype(g)::type, typename decltype(m)::type>(at[0].data, at[1].data, n, used[0]);
+            });
+          });
+          return;
+        }
+        for (int64_t done = 0; done < n; done += kBlock) add_block(at, strides, done, std::min(kBlock, n - done), used);
+      });
+  });
+}
+
+}  // namespace fastcl::cpu
