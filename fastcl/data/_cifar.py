@@ -146,7 +146,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in OPCODES:
                 raise _Refused(f"the instruction {opcode.name}")
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
                 raise _Refused("a memo larger than the file")
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _Refused as error:
