@@ -162,7 +162,7 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
     Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
     parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
     list stays empty. Gradients that are views into a larger buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``)
-    are copied first, since the block's backward would overwrite them.
+    are copied, since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
 
     Args:
         params: a Module or an iterable of parameters.
@@ -188,7 +188,7 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
                 f"the backward pass wrote over the gradient of params[{n}], which lies in a buffer that is used again; with "
                 "DistributedDataParallel set gradient_as_bucket_view=False"
             )
-    captured.extend(found)
+    captured.extend(_kept(grad) for grad in found)
 
 
 def _kept(grad: Tensor | None) -> Tensor | None:

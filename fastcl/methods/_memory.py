@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastcl.data import Buffer
 from fastcl.methods._passes import Forward, Loss, _logits, _scalar
 from fastcl.methods._state import Method
-
-
-@runtime_checkable
-class Buffer(Protocol):
-    """What a method asks of a memory; those of :mod:`fastcl.data` have it."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def tasks(self) -> list[int]:
-        """The tasks that have samples, in order."""
-
-    @property
-    def generator(self) -> torch.Generator:
-        """What all draws come from; on the CPU."""
-
-    def add_task(self, loader: Iterable[tuple[Any, Any]], task: int) -> None:
-        """Keep samples of a task; if that fails, keep what was there."""
-
-    def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw inputs, targets and task numbers."""
-
-    def of_task(self, task: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one task."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the samples and of the generator's state."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over such a copy, or raise and keep what was there."""
 
 
 class Scaler(Protocol):
@@ -80,10 +51,17 @@ class MemoryMethod(Method):
                 loop fills the buffer itself with ``buffer.add(x, y, task)``.
 
         Raises:
-            TypeError, ValueError: what the buffer says of the loader; no loader while the buffer is empty. Nothing has changed then.
+            TypeError: a loader that cannot be iterated or does not yield pairs of tensors.
+            ValueError: a loader without a batch, samples that the buffer does not take, no loader while the buffer is empty. An exception,
+                the loader's included, leaves this object and the buffer as they were.
         """
         if loader is not None:
-            self._buffer.add_task(loader, self.tasks_seen)
+            before = self._buffer.state_dict()
+            try:
+                self._buffer.add_task(_some_of(loader), self.tasks_seen)
+            except BaseException:
+                self._buffer.load_state_dict(before)
+                raise
         elif not len(self._buffer):
             raise ValueError("loader is None and the buffer is empty; pass the task's training data, or fill the buffer while training")
         self._tasks_seen += 1
@@ -96,6 +74,9 @@ class MemoryMethod(Method):
         if not isinstance(kept, Mapping):
             raise TypeError(f"state['buffer'] must be a mapping made by the buffer's state_dict(), got {type(kept).__name__}")
         self._buffer.load_state_dict(kept)
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), super()._device())
 
     def _trained(self) -> list[Tensor]:
         """The parameters that require grad, as they are now: freezing, unfreezing and moving need no word to the method."""
@@ -134,7 +115,7 @@ class MemoryMethod(Method):
         """
         if scaler is not None and not callable(getattr(scaler, "scale", None)):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-        device = next((p.device for p in self._model.parameters()), x.device)
+        device = self._device()
         for task, rows in self._groups(tasks):
             part_x, part_y = (_placed(part if rows is None else part[rows], device) for part in (x, y))
             share = 1.0 if rows is None else len(part_x) / len(x)
@@ -153,9 +134,22 @@ class MemoryMethod(Method):
         if isinstance(tasks, int) or self._forward is None:
             yield (tasks if isinstance(tasks, int) else 0), None
             return
-        present = tasks.unique().tolist()  # on the host already: a buffer draws there
+        present = sorted(set(tasks.tolist()))  # on the host already: a buffer draws there
         for task in present:
             yield task, None if len(present) == 1 else (tasks == task).nonzero().squeeze(1)
+
+
+def _some_of(loader: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    try:
+        batches = iter(loader)
+    except TypeError:
+        raise TypeError(f"loader must be an iterable of batches (x, y), got {type(loader).__name__}") from None
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError("loader gave no batch; pass the task's training data as a DataLoader, a list or an iterator of batches")
 
 
 def _placed(part: Tensor, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastcl.methods import _checkpoint
@@ -33,6 +34,10 @@ class Method:
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`_kept` gave, or raise TypeError or ValueError and change nothing."""
+
+    def _device(self) -> torch.device:
+        """Where a loaded state goes, as far as it was on a device of that type when it was saved."""
+        return torch.device("cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state: ``format``, ``version``, ``tasks_seen`` and, where there is one, ``buffer`` with its generator's state."""
@@ -77,7 +82,7 @@ class Method:
         """
         tensors, header = _checkpoint.read(path, self._format, VERSION)
         try:
-            self.load_state_dict(_restored(header.get("state"), tensors))
+            self.load_state_dict(_restored(header.get("state"), tensors, self._device()))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit: {error}") from error
 
@@ -86,7 +91,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> list[Any]:
     """``value`` as JSON can hold it; its tensors go into ``tensors`` under names that tell where they were."""
     if isinstance(value, Tensor):
         tensors[name] = value.clone()  # a file may not hold two views of one storage
-        return ["tensor", name]
+        return ["tensor", [name, value.device.type]]
     if isinstance(value, Mapping):
         return ["mapping", [[key, _flatten(v, f"{name}.{key}", tensors)] for key, v in value.items()]]  # pairs: JSON's keys are strings
     if isinstance(value, (list, tuple)):
@@ -96,17 +101,18 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> list[Any]:
     raise TypeError(f"{name} is a {type(value).__name__}; a state is made of tensors, numbers, strings, None, mappings and lists")
 
 
-def _restored(stated: str | None, tensors: Mapping[str, Tensor]) -> Any:
+def _restored(stated: str | None, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     try:
-        return _unflatten(json.loads(stated or ""), tensors)
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        return _unflatten(json.loads(stated or ""), tensors, device)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its header describes no state ({error})") from error
 
 
-def _unflatten(plan: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(plan: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     kind, value = plan
     if kind == "tensor":
-        return tensors[value]
+        name, saved_on = value
+        return tensors[name].to(device) if saved_on == device.type else tensors[name]
     if kind == "mapping":
-        return {key: _unflatten(v, tensors) for key, v in value}
-    return [_unflatten(v, tensors) for v in value] if kind == "list" else value
+        return {key: _unflatten(v, tensors, device) for key, v in value}
+    return [_unflatten(v, tensors, device) for v in value] if kind == "list" else value

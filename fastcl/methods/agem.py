@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from fastcl import capture_gradients, project_gradients_
-from fastcl.methods._memory import Buffer, MemoryMethod, Scaler, count
+from fastcl.data import Buffer
+from fastcl.methods._memory import MemoryMethod, Scaler, count
 from fastcl.methods._passes import Forward, Loss
 from fastcl.ops import ProjectionInfo
 

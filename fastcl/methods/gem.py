@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastcl import capture_gradients, gem_project_gradients_
-from fastcl.methods._memory import Buffer, MemoryMethod, Scaler, count
+from fastcl.data import Buffer
+from fastcl.methods._memory import MemoryMethod, Scaler, count
 from fastcl.methods._passes import Forward, Loss
 from fastcl.ops import GemInfo
 from fastcl.ops._checks import at_least_zero

@@ -51,8 +51,11 @@ class Joint(Naive):
             if task.train_x.shape[1:] != first.train_x.shape[1:]:
                 shapes = f"{tuple(task.train_x.shape[1:])} and those of tasks[0] {tuple(first.train_x.shape[1:])}"
                 raise ValueError(f"the inputs of tasks[{t}] have shape {shapes}; they must be equal")
-        parts = [torch.cat([getattr(task, part) for task in tasks]) for part in ("train_x", "train_y", "test_x", "test_y")]
-        return [Task("joint", first.classes, *parts)]
+        labels = tuple(sorted({label for task in tasks for label in task.labels}))
+        train_x, train_y, test_x, test_y = (
+            torch.cat([getattr(task, part) for task in tasks]) for part in ("train_x", "train_y", "test_x", "test_y")
+        )
+        return [Task("joint", first.classes, train_x, train_y, test_x, test_y, labels)]
 
     @staticmethod
     def batches(tasks: Sequence[Task], batch_size: int, generator: torch.Generator | None = None) -> Interleaved:

@@ -31,6 +31,6 @@ class Naive(Method):
     def after_backward(self, *, scaler: Scaler | None = None) -> None:
         """Leave the gradients as they are."""
 
-    def end_task(self, loader: Iterable[tuple[Any, Any]] | None = None) -> None:
+    def end_task(self, loader: Iterable[tuple[Any, Any]] | None = None) -> None:  # noqa: ARG002 (the methods' call)
         """Count the task; ``loader`` is not read."""
         self._tasks_seen += 1

@@ -6,7 +6,8 @@ import math
 
 from torch import nn
 
-from fastcl.methods._memory import Buffer, MemoryMethod, Scaler, count
+from fastcl.data import Buffer
+from fastcl.methods._memory import MemoryMethod, Scaler, count
 from fastcl.methods._passes import Forward, Loss
 
 
