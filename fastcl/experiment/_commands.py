@@ -22,10 +22,14 @@ from fastcl.experiment.runner import Progress, run
 from fastcl.experiment.tables import comparison_table, matrix_table
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
-_UsageError = typer.BadParameter.__mro__[1]  # click's, wherever this version of typer keeps it
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this version of typer keeps it
 
 app = typer.Typer(
-    name="fastcl", help="Continual-learning experiments that can be repeated, resumed and compared.", add_completion=False, rich_markup_mode=None
+    name="fastcl",
+    help="Continual-learning experiments that can be repeated, resumed and compared.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -42,14 +46,14 @@ def execute(arguments: Sequence[str], prog: str) -> int:
     try:
         app(args=list(arguments), prog_name=prog, standalone_mode=False)
     except _UsageError as error:
-        line, status = error.format_message(), USAGE  # type: ignore[attr-defined]
+        line, status = error.format_message(), USAGE
     except Mistake as error:
         line, status = str(error), error.status
     except (KeyboardInterrupt, typer.Abort):
         line, status = "interrupted; the same command goes on after the last task that ended", INTERRUPTED
     else:
         return 0
-    print(f"{prog} {arguments[0]}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{prog} {arguments[0]}: {' '.join(line.split()) if status == USAGE else line}", file=sys.stderr)
     return status
 
 
@@ -66,16 +70,23 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in given.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = []
     for name, field in FIELDS.items():
-        default = field.default if field.default is not None else None
-        shown = f" [default: {default}]" if default is not None and not isinstance(default, bool) and field.default is not field.default_factory else ""
-        option = typer.Option("--" + name.replace("_", "-"), help=field.metadata["help"] + shown, show_default=False)
-        kind = Annotated[hints[name] | None, option]
-        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        option = typer.Option("--" + name.replace("_", "-"), help=field.metadata["help"] + _default(name), show_default=False)
+        kind: Any = hints[name] | None
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
     resolved = get_type_hints(command, include_extras=True)
     own = [p.replace(annotation=resolved[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     command.__signature__ = given.replace(parameters=[*options, *own], return_annotation=None)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*options, *own)}
     return command
+
+
+def _default(name: str) -> str:
+    """A setting's default for its help; a method's own setting has one for each method that knows it."""
+    if FIELDS[name].metadata["of_method"]:
+        of_methods = [f"{method} {row.options[name]}" for method, row in METHODS.items() if name in row.options]
+        return f" [default: {', '.join(of_methods)}]"
+    default = FIELDS[name].default
+    return f" [default: {default}]" if isinstance(default, (int, float, str)) and not isinstance(default, bool) else ""
 
 
 class Bars(Progress):
@@ -115,7 +126,7 @@ class Bars(Progress):
 @app.command("run")
 @_settings
 def run_command(
-    out: Annotated[Path, typer.Option("--out", help="folder of the run; made if it is not there")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option("--out", help="folder of the run; made if it is not there")],
     config: Annotated[Path | None, typer.Option("--config", help="settings from a config.json; other options change them")] = None,
     force: Annotated[bool, typer.Option("--force", help="train anew even if the folder holds a run")] = False,
     **given: Any,
@@ -147,7 +158,10 @@ def _configuration(settings: dict[str, Any], file: Path | None, bars: Bars) -> C
     """The settings on the command line over those of a file over the defaults; what the method does not have is left out, and said."""
     stated: dict[str, Any] = {}
     if file is not None:
-        stated = read_config(file).to_json()
+        try:
+            stated = read_config(file).to_json()
+        except (OSError, ValueError) as error:
+            raise Mistake(f"--config must be the config.json of a run: {error}") from error
         if {"method", "stream"} & settings.keys():  # what they decide is decided anew
             stated = {n: v for n, v in stated.items() if not FIELDS[n].metadata["of_method"] and n not in {"scenario", "tasks"}}
     merged = stated | settings
@@ -164,7 +178,7 @@ def _configuration(settings: dict[str, Any], file: Path | None, bars: Bars) -> C
 @app.command("compare")
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs; others are passed over", metavar="RUNS...")],
-    out: Annotated[Path | None, typer.Option("--out", help="folder of the CSV file and plots [default: comparison, beside the first run]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of CSV and plots [default: comparison, beside the first run]")] = None,
 ) -> None:
     """Put runs side by side: a table for each stream and scenario, a CSV file, heat maps and curves."""
     folders = [folder for folder in runs if (folder / "config.json").is_file()]
@@ -181,6 +195,8 @@ def compare_command(
         raise Mistake(str(error), FAILED) from error
     try:
         _write(target, groups)
+    except ImportError as error:
+        raise Mistake(f"the plots need {error.name}: pip install 'fastcl[cli]'", FAILED) from error
     except OSError as error:
         raise Mistake(f"--out cannot be written: {target} ({error.strerror or error})", FAILED) from error
     print(f"written to {target}")
@@ -204,7 +220,7 @@ def _print(console: Console, runs: list[Run], skipped: Sequence[Run] = ()) -> An
     groups = compare(runs)
     for group in groups:
         console.print(comparison_table(group))
-    console.print(DEFINITIONS, style="dim")
+    console.print(DEFINITIONS, style="dim", markup=False)
     return groups
 
 

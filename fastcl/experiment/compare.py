@@ -93,7 +93,7 @@ def compare(runs: Iterable[Run]) -> list[Group]:
     """The runs in groups of one stream, scenario and number of tasks, in the order in which these first come; each run is one row.
 
     The overhead is the ratio of seconds per step to those of the naive run in the group whose configuration is the same but for the
-    method and its settings, computed on the same processor, device, threads and versions; None if there is none.
+    method, its settings and the seeds, computed on the same processor, device, threads and versions; None if there is none.
 
     Raises:
         ValueError: no run, or one without a complete seed.
@@ -141,7 +141,8 @@ def _mean_and_std(values: Sequence[float]) -> MeanStd:
 
 
 def _same_but_the_method(a: Run, b: Run) -> bool:
-    other = [name for name, field in FIELDS.items() if name not in {"method", "root"} and not field.metadata["of_method"]]
+    apart = {"method", "root", "seeds", "first_seed"}
+    other = [name for name, field in FIELDS.items() if name not in apart and not field.metadata["of_method"]]
     environments = [e for run in (a, b) for result in run.results for e in result.environments]
     return all(getattr(a.config, n) == getattr(b.config, n) for n in other) and all(e == environments[0] for e in environments)
 

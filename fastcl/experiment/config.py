@@ -65,7 +65,7 @@ class Config:
 
     stream: str = _setting("stream of tasks: " + ", ".join(STREAMS), _one_of(STREAMS))
     scenario: str = _setting(
-        "class-, task- or domain-incremental; by default the stream's first", ("class, task or domain", lambda v: v in {"class", "task", "domain"})
+        "class-, task- or domain-incremental; by default the stream's first", _one_of(dict.fromkeys(("class", "task", "domain")))
     )
     method: str = _setting("; ".join(f"{name}: {row.description}" for name, row in METHODS.items()), _one_of(METHODS))
     tasks: int = _setting("number of tasks; by default the stream's", _whole(1))
@@ -81,7 +81,8 @@ class Config:
     device: str = _setting("cpu, cuda or cuda:N", ("a device that torch sees here: cpu, cuda or cuda:N", _usable_device), "cpu")
     threads: int = _setting("threads of torch on the CPU; layers this small gain nothing from a second one", _whole(1), 1)
     root: str | None = _setting(
-        "folder of MNIST or CIFAR; by default $FASTCL_DATA and torchvision's usual places", ("a path", lambda v: v is None or isinstance(v, str))
+        "folder of MNIST or CIFAR; by default $FASTCL_DATA and torchvision's usual places",
+        ("a path", lambda v: v is None or isinstance(v, str)),
     )
     buffer: int | None = _option("samples kept in memory", _whole(1))
     keep: str | None = _option("how the memory is shared out: the same number per task, per class, or a reservoir", _one_of(KEEP))
@@ -145,6 +146,11 @@ class Config:
         """What differs, ``name: mine, theirs``. Where the data lies (``root``) makes no difference."""
         mine, theirs = self.to_json(), other.to_json()
         return [f"{name}: {mine[name]!r}, {theirs[name]!r}" for name in FIELDS if name != "root" and mine[name] != theirs[name]]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own settings."""
+        return {name: getattr(self, name) for name in METHODS[self.method].options}
 
     def all_seeds(self) -> range:
         """The seeds of the run."""

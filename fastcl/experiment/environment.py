@@ -31,7 +31,7 @@ def environment(config: Config) -> dict[str, Any]:
     device = torch.device(config.device)
     return {
         "fastcl": fastcl.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint could not hold
         "python": platform.python_version(),
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -51,15 +51,7 @@ class Row(NamedTuple):
     at_once: bool = False
 
 
-def _by_class(config: Config, generator: torch.Generator) -> Buffer:
-    return ClassBalancedBuffer(config.buffer or 0, generator=generator, per_task=config.scenario == "task")
-
-
-KEEP: dict[str, Callable[[Config, torch.Generator], Buffer]] = {
-    "task": lambda config, generator: TaskBalancedBuffer(config.buffer or 0, generator=generator),
-    "class": _by_class,
-    "reservoir": lambda config, generator: ReservoirBuffer(config.buffer or 0, generator=generator),
-}
+KEEP: dict[str, type[Buffer]] = {"task": TaskBalancedBuffer, "class": ClassBalancedBuffer, "reservoir": ReservoirBuffer}
 
 
 def _with_head(model: Any, x: Any, task: int) -> Tensor:
@@ -69,24 +61,30 @@ def _with_head(model: Any, x: Any, task: int) -> Tensor:
 
 def _memory(net: Net, config: Config, generator: torch.Generator) -> dict[str, Any]:
     """The arguments that every method with a memory takes."""
-    forward = _with_head if len(net.heads) > 1 else None
-    return {"model": net, "buffer": KEEP[config.keep or ""](config, generator), "loss_fn": cross_entropy, "forward": forward}
+    kind, capacity = KEEP[config.options["keep"]], config.options["buffer"]
+    if kind is ClassBalancedBuffer:  # with targets local to their task a class is a pair of both
+        buffer: Buffer = ClassBalancedBuffer(capacity, generator=generator, per_task=config.scenario == "task")
+    else:
+        buffer = kind(capacity, generator=generator)
+    return {"model": net, "buffer": buffer, "loss_fn": cross_entropy, "forward": _with_head if len(net.heads) > 1 else None}
 
 
 def _agem(net: Net, config: Config, generator: torch.Generator) -> Learner:
-    return AGEM(**_memory(net, config, generator), batch_size=config.memory_batch)
+    return AGEM(**_memory(net, config, generator), batch_size=config.options["memory_batch"])
 
 
 def _gem(net: Net, config: Config, generator: torch.Generator) -> Learner:
-    return GEM(**_memory(net, config, generator), margin=config.margin, ridge=config.ridge, batch_size=config.memory_batch or None)
+    o = config.options
+    return GEM(**_memory(net, config, generator), margin=o["margin"], ridge=o["ridge"], batch_size=o["memory_batch"] or None)
 
 
 def _replay(net: Net, config: Config, generator: torch.Generator) -> Learner:
-    return Replay(**_memory(net, config, generator), batch_size=config.memory_batch, weight=config.weight)
+    o = config.options
+    return Replay(**_memory(net, config, generator), batch_size=o["memory_batch"], weight=o["weight"])
 
 
 def _spg(net: Net, config: Config, generator: torch.Generator) -> Learner:  # noqa: ARG001 (SPG draws nothing)
-    return SPG(net, net.heads, strength=config.strength, shared=len(net.heads) == 1)
+    return SPG(net, net.heads, strength=config.options["strength"], shared=len(net.heads) == 1)
 
 
 _MEMORY = {"buffer": 100, "keep": "task", "memory_batch": 64}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 
@@ -19,7 +21,7 @@ class Net(nn.Module):
     def __init__(self, inputs: int, width: int, depth: int, classes: int, heads: int) -> None:
         super().__init__()
         sizes = [inputs, *[width] * depth]
-        layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.body = nn.Sequential(nn.Flatten(), *layers)
         self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
 

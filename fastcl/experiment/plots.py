@@ -39,10 +39,11 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
     columns = min(len(matrices), PER_LINE)
     lines = -(-len(matrices) // columns)
     figure, axes = _figure(lines, columns, (4.1 * columns + 0.9, 4.4 * lines + 0.3))
-    for axis in list(axes.flat)[len(matrices) :]:
+    shown, spare = list(axes.flat)[: len(matrices)], list(axes.flat)[len(matrices) :]
+    for axis in spare:
         axis.remove()
-    for axis, (name, m) in zip(axes.flat, matrices.items(), strict=False):
-        image = axis.imshow(m, cmap="viridis", vmin=lowest, vmax=1)
+    for axis, (name, m) in zip(shown, matrices.items(), strict=True):
+        image = axis.imshow(m.numpy(), cmap="viridis", vmin=lowest, vmax=1)
         for i, row in enumerate(m.tolist()):
             for j, value in enumerate(row):
                 if tasks <= 10 and not math.isnan(value):
@@ -50,7 +51,7 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
                     axis.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=9.5, color=colour)
         axis.set(title=name, xlabel="accuracy on task", ylabel="after training task", xticks=range(tasks), yticks=range(tasks))
         axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, format=lambda v, _: f"{100 * v:.0f} %")
+    figure.colorbar(image, ax=shown, shrink=0.8, pad=0.015, format=lambda v, _: f"{100 * v:.0f} %")
     figure.suptitle(title + "\n", fontsize=11)
     _save(figure, path)
 

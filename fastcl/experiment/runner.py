@@ -70,8 +70,8 @@ def run(config: Config, folder: str | Path, *, force: bool = False, progress: Pr
     """Train every seed of a configuration, or what is left of it, and return all results.
 
     ``folder`` gets ``config.json`` (the configuration, versions, device), and for each seed ``seed<N>/checkpoint.pt`` (everything the
-    training depends on, after the last task that ended) and ``seed<N>/result.json``. All are replaced at once or not at all. A call with the
-    same configuration goes on after the last task that ended, to the same bits on the CPU; one that finds everything done trains nothing.
+    training depends on, after the last task that ended) and ``seed<N>/result.json``. Each is replaced at once or not at all. A call with
+    the same configuration goes on after the last task that ended, to the same bits on the CPU; if all is done it trains nothing.
     torch's number of threads is ``config.threads`` meanwhile, and its random generators are afterwards as before.
 
     Args:
@@ -122,9 +122,7 @@ def _train(config: Config, seed: int, folder: Path, told: Progress) -> Result:
         accuracies = training.stage(told.epoch)
         save_state(checkpoint, {"training": training.state_dict(), "environments": environments})
         told.task(training.done - 1, accuracies)
-    result = Result(
-        seed, training.rows(), training.baseline, training.steps, training.seconds, training.seconds_at_ends, environments
-    )
+    result = Result(seed, training.rows(), training.baseline, training.steps, training.seconds, training.seconds_at_ends, environments)
     write_json(finished, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(result)})
     return result
 

@@ -42,7 +42,7 @@ def tasks_of(config: Config, seed: int) -> list[Task]:
 def _classes(tasks: list[Task], config: Config) -> int:
     """The groups of a class-balanced memory."""
     per_task = config.scenario == "task"
-    return len({(t if per_task else 0, target) for t, task in enumerate(tasks) for target in task.train_y.unique().tolist()})
+    return len({(t if per_task else 0, target) for t, task in enumerate(tasks) for target in set(task.train_y.tolist())})
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:

@@ -82,8 +82,8 @@ class SPG:
 
     Raises:
         TypeError: a model, heads, strength, parameter, dtype or ``shared`` of a wrong kind.
-        ValueError: no head, several with ``shared``, a head that is not inside ``model`` or given twice, parameters shared between heads or with the feature
-            extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
+        ValueError: no head, several with ``shared``, a head that is not inside ``model`` or given twice, parameters shared between heads
+            or with the feature extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
     """
 
     def __init__(
@@ -159,7 +159,8 @@ class SPG:
     def end_task(self, loader: Iterable[tuple[Any, Any]], loss_fn: Loss) -> Tensor:
         """Accumulate the importance of the task that has just been trained; its head is ``heads[tasks_seen]``, or the shared one.
 
-        Runs ``loader`` once per head up to this one (a shared head: twice from the second task on), with the model in train mode; autograd is switched on if the caller has it off.
+        Runs ``loader`` once per head up to this one (a shared head: twice from the second task on), with the model in train mode;
+        autograd is switched on if the caller has it off.
         Gradients are summed in float32 for bfloat16 and float16 parameters, else in the parameter's dtype; missing ones count as 0.
         Parameters, ``.grad``, buffers (BatchNorm's running statistics) and every module's mode are afterwards as they were; only the
         random number generators have advanced. An exception, the loader's and the loss's included, leaves this object as it was too.
