@@ -14,7 +14,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from fastcl import cli
-from fastcl.experiment.compare import DEFINITIONS, Run, compare, load_run, mean_matrix, write_csv
+from fastcl.experiment.compare import DEFINITIONS, Group, Run, compare, load_run, mean_matrix, write_csv
 from fastcl.experiment.config import FIELDS, Config
 from fastcl.experiment.folder import read_config
 from fastcl.experiment.learners import METHODS
@@ -44,15 +44,13 @@ class Mistake(Exception):
 def execute(arguments: Sequence[str], prog: str) -> int:
     """Run a sub-command; the exit status. Every mistake of the user is one line on stderr."""
     try:
-        app(args=list(arguments), prog_name=prog, standalone_mode=False)
+        ended = app(args=list(arguments), prog_name=prog, standalone_mode=False)
     except _UsageError as error:
         line, status = error.format_message(), USAGE
     except Mistake as error:
         line, status = str(error), error.status
-    except (KeyboardInterrupt, typer.Abort):
-        line, status = "interrupted; the same command goes on after the last task that ended", INTERRUPTED
     else:
-        return 0
+        return ended if isinstance(ended, int) else 0
     print(f"{prog} {arguments[0]}: {' '.join(line.split()) if status == USAGE else line}", file=sys.stderr)
     return status
 
@@ -137,6 +135,8 @@ def run_command(
     try:
         wanted = _configuration(settings, config, bars)
         results = run(wanted, out, force=force, progress=bars)
+    except KeyboardInterrupt as stop:  # before typer sees it: what becomes of it there depends on typer's version
+        raise Mistake("interrupted; the same command goes on after the last task that ended", INTERRUPTED) from stop
     except ImportError as error:
         raise Mistake(str(error), FAILED) from error
     except ValueError as error:
@@ -162,8 +162,8 @@ def _configuration(settings: dict[str, Any], file: Path | None, bars: Bars) -> C
             stated = read_config(file).to_json()
         except (OSError, ValueError) as error:
             raise Mistake(f"--config must be the config.json of a run: {error}") from error
-        if {"method", "stream"} & settings.keys():  # what they decide is decided anew
-            stated = {n: v for n, v in stated.items() if not FIELDS[n].metadata["of_method"] and n not in {"scenario", "tasks"}}
+    if "stream" in settings:  # it decides about these anew
+        stated = {n: v for n, v in stated.items() if n not in {"scenario", "tasks"}}
     merged = stated | settings
     row = METHODS.get(merged.get("method", "naive"))
     if row is not None:
@@ -171,7 +171,7 @@ def _configuration(settings: dict[str, Any], file: Path | None, bars: Bars) -> C
         if unused:
             named = ", ".join("--" + n.replace("_", "-") for n in unused)
             bars.note(f"{merged.get('method', 'naive')} has no {named}: left out")
-        merged = {n: v for n, v in merged.items() if n not in unused}
+        merged = {n: v for n, v in merged.items() if n in row.options or not FIELDS[n].metadata["of_method"]}
     return Config.of(**merged)
 
 
@@ -190,9 +190,14 @@ def compare_command(
     target = folders[0].parent / "comparison" if out is None else out
     try:
         loaded = [load_run(folder) for folder in folders]
-        groups = _print(_console(), [r for r in loaded if r.results], skipped=[r for r in loaded if not r.results])
     except ValueError as error:
         raise Mistake(str(error), FAILED) from error
+    for unfinished in (r for r in loaded if not r.results):
+        print(f"{unfinished.name}: passed over, no seed is complete", file=sys.stderr)
+    complete = [r for r in loaded if r.results]
+    if not complete:
+        raise Mistake("none of the given runs has a complete seed", FAILED)
+    groups = _print(_console(), complete)
     try:
         _write(target, groups)
     except ImportError as error:
@@ -214,9 +219,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def _print(console: Console, runs: list[Run], skipped: Sequence[Run] = ()) -> Any:
-    for run_ in skipped:
-        print(f"{run_.name}: passed over, no seed is complete", file=sys.stderr)
+def _print(console: Console, runs: list[Run]) -> list[Group]:
     groups = compare(runs)
     for group in groups:
         console.print(comparison_table(group))
@@ -224,7 +227,7 @@ def _print(console: Console, runs: list[Run], skipped: Sequence[Run] = ()) -> An
     return groups
 
 
-def _write(folder: Path, groups: Any) -> None:
+def _write(folder: Path, groups: list[Group]) -> None:
     from fastcl.experiment.plots import curves, heat_maps
 
     folder.mkdir(parents=True, exist_ok=True)
