@@ -9,7 +9,10 @@
 namespace fastcl {
 
 // What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer numbers.
-FASTCL_HD double agem_coefficient(double dot, double square) { return dot >= 0 && square < INFINITY ? 0.0 : -dot / square; }
+FASTCL_HD double agem_coefficient(double dot, double square) {
+  if (dot >= 0 && square < INFINITY) return 0;
+  return square > 0 ? -dot / square : NAN;
+}
 
 // Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
 template <class M>
@@ -111,17 +114,20 @@ struct NonnegativeQP {
     return best;
   }
 
+  // How far variable i goes from u towards s before it becomes 0.
+  FASTCL_HD double reach(int i) const { return u[i] > 0 ? u[i] / (u[i] - s[i]) : 0; }
+
   // Moves from u towards s as far as no passive variable becomes negative, and fixes those that reach 0. False: s is feasible.
   template <class Team>
   FASTCL_HD bool step_back(const Team& team) const {
     double shortest = 2;
     for (int i = 0; i < n; ++i)
-      if (passive[i] && s[i] <= 0) shortest = fmin(shortest, u[i] / (u[i] - s[i]));
+      if (passive[i] && s[i] <= 0) shortest = fmin(shortest, reach(i));
     team.sync();
     if (shortest == 2) return false;
     for (int i = team.rank; i < n; i += team.size) {
       if (!passive[i]) continue;
-      const bool leaves = s[i] <= 0 && u[i] / (u[i] - s[i]) <= shortest;
+      const bool leaves = s[i] <= 0 && reach(i) <= shortest;
       u[i] = leaves ? 0 : u[i] + shortest * (s[i] - u[i]);
       passive[i] = !leaves;
     }
