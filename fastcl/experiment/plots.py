@@ -36,8 +36,8 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
     lowest = min(float(m[~m.isnan()].min()) for m in matrices.values())
     lowest = min(lowest, 0.99)  # a scale needs two ends
     tasks = len(next(iter(matrices.values())))
-    columns = min(len(matrices), PER_LINE)
-    lines = -(-len(matrices) // columns)
+    lines = -(-len(matrices) // PER_LINE)
+    columns = -(-len(matrices) // lines)
     figure, axes = _figure(lines, columns, (4.1 * columns + 0.9, 4.4 * lines + 0.3))
     shown, spare = list(axes.flat)[: len(matrices)], list(axes.flat)[len(matrices) :]
     for axis in spare:
@@ -77,7 +77,7 @@ def curves(
         "average accuracy on the tasks so far": AccuracyMatrix.acc,
         "accuracy on task 0": lambda r, k: r[k, 0],
     }
-    figure, axes = _figure(1, 2, (10, 4.2), sharey=True)
+    figure, axes = _figure(1, 2, (10, 4.6), sharey=True)
     x = list(range(tasks))
     for axis, (label, measure) in zip(axes[0], panels.items(), strict=True):
         for n, (name, runs) in enumerate(methods.items()):
@@ -94,6 +94,7 @@ def curves(
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test accuracy in %")
-    axes[0, 0].legend(frameon=False, loc="lower left", fontsize=9)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, loc="outside lower center", ncols=min(5, len(methods) + len(bounds)), fontsize=9)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
