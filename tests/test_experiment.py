@@ -138,6 +138,11 @@ class TestTraining:
         counts = held["y"].bincount(minlength=10)
         assert (counts.tolist() == [3] * 10) == (keep == "class")
 
+    def test_classes_of_task_local_targets_are_told_apart_by_task(self, tmp_path) -> None:
+        run(small(method="replay", scenario="task", keep="class", buffer=30), tmp_path)
+        held = final_state(tmp_path)["method"]["buffer"]
+        assert (2 * held["task"] + held["y"]).bincount().tolist() == [3] * 10
+
     def test_the_methods_are_what_differs(self, tmp_path) -> None:
         """The model, the data and the order of the batches are the same for all methods of a seed."""
         results = {m: run(small(method=m, tasks=2), tmp_path / m)[0] for m in ("naive", "agem", "replay", "spg")}
@@ -227,12 +232,26 @@ def work(folder, settings, moment):
             if kind == "task" and done == int(number):
                 kill()
 
+    def half_opened():
+        opened = Path.open
+        class Half:
+            def __init__(self, file):
+                self.file = file
+            def __enter__(self):
+                return self
+            def __exit__(self, *_):
+                raise RuntimeError("the write was to end it")
+            def write(self, content):
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+                kill()
+        Path.open = lambda path, *mode: Half(opened(path, *mode))
+
     writes, write = [0], files.write_bytes
     def counted(path, content):
         writes[0] += 1
         if kind == "half" and writes[0] == int(number):
-            path.with_name(f".{path.name}.partial").write_bytes(content[: len(content) // 2])
-            kill()
+            half_opened()
         if kind == "unnamed" and writes[0] == int(number):
             Path.replace = lambda *_: kill()
         write(path, content)
