@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl.ops import GemInfo, ProjectionInfo
+from fastcl.ops import GemInfo, ProjectionInfo, _sharded
 
 Params = nn.Module | Iterable[Tensor]
 Importance = Mapping[str, Tensor] | Sequence[Tensor]
@@ -164,13 +164,18 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
     list stays empty. Gradients that are views into a larger buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``)
     are copied, since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
 
+    Under ``fully_shard`` (FSDP2) the gradients are DTensors, under DistributedDataParallel the averages over the ranks; the block's forward
+    pass has to go through the wrapped model.
+
     Args:
-        params: a Module or an iterable of parameters.
+        params: a Module or an iterable of parameters (of an FSDP2 model as they are before a forward pass or after a backward).
 
     Raises:
         TypeError: ``params`` is a tensor or holds something else.
         RuntimeError: the block's backward wrote into the memory of the parameters' own gradients.
     """
+    if isinstance(params, nn.Module):
+        _sharded.reshard(params)
     listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
     own = [_kept(p.grad) for p in listed]
     captured: list[Tensor | None] = []

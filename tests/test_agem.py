@@ -81,6 +81,8 @@ def test_a_parameter_frozen_or_unfrozen_later_is_noticed():
     model, buffer = make(), memory()
     agem = AGEM(model, buffer, loss_fn, batch_size=1000)
     fill(agem, 1)
+    agem.after_backward()
+    model.zero_grad()
     model.first.requires_grad_(False)
     model.frozen.requires_grad_(True)
     x, y = batches(1)[0]

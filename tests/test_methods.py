@@ -324,6 +324,22 @@ def test_a_scaler_changes_nothing_but_the_scale(kind):
         assert torch.equal(with_scale, without)
 
 
+def test_gems_ridge_is_that_of_gradients_without_a_scale():
+    def coefficients(scaler):
+        model = make(dtype=torch.float32)
+        gem = build(GEM, model, margin=0.0, ridge=3.0)
+        fill(gem, 2)
+        x, y = gem.buffer.of_task(0)
+        scaler.scale(-loss_fn(model(x), y)).backward()
+        info = gem.after_backward(scaler=scaler)
+        assert bool(info.violated)
+        return info.coefficients
+
+    with_scale, without = (coefficients(torch.amp.GradScaler("cpu", init_scale=2.0**13, enabled=enabled)) for enabled in (True, False))
+    assert 0 < float(without.max()) < 0.9  # ridge 0 would give 1: the ridge counts
+    torch.testing.assert_close(with_scale, without, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("kind", MEMORY)
 def test_a_scaler_skips_a_step_whose_memory_gradient_overflows(kind):
     model = make(dtype=torch.float32)
@@ -383,6 +399,8 @@ def test_new_parameter_objects_in_the_same_place_are_followed(kind):
     model = make()
     method = build(kind, model)
     fill(method, 2)
+    method.after_backward()
+    model.zero_grad()
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     loss_fn(model(batches(2)[0][0]), batches(2)[0][1]).backward()
     (-10 * loss_fn(model(method.buffer.sample(8)[0]), method.buffer.sample(8)[1])).backward()

@@ -82,3 +82,17 @@ def test_two_ranks_do_what_one_process_does(how, tmp_path):
                 torch.testing.assert_close(own_after, after, rtol=1e-9, atol=1e-12)
             changed += not torch.equal(before, after)
         assert changed >= 2
+
+
+def test_a_model_whose_gradients_are_parts_without_a_name_is_refused():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Sharded(FullyShardedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)  # the real one wants an accelerator
+
+    model = nn.Sequential(nn.Linear(5, 4), Sharded())
+    Replay(model, TaskBalancedBuffer(10), loss_fn)
+    for kind in (AGEM, GEM):
+        with pytest.raises(TypeError, match="FullyShardedDataParallel"):
+            kind(model, TaskBalancedBuffer(10), loss_fn)

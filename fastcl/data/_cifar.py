@@ -117,10 +117,16 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """How Python 3 writes empty bytes in protocols below 3."""
+    return b""
+
+
 GLOBALS = {
     ("numpy", "ndarray"): NDARRAY,
     ("numpy", "dtype"): _Stand("numpy.dtype", _dtype),
     ("_codecs", "encode"): _Stand("_codecs.encode", _encode),
+    ("__builtin__", "bytes"): _Stand("bytes", _no_bytes),
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     GLOBALS[_core + ".multiarray", "_reconstruct"] = _Stand("_reconstruct", _reconstruct)

@@ -105,18 +105,18 @@ def _cifar(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
     if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != 3 * 32 * 32:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{path}: 'data' must be an array [n, 3072], got {got}")
-    return _checked(x.reshape(-1, 3, 32, 32), _labels(labels, path, key), path, classes)
+    return _checked(x.reshape(-1, 3, 32, 32), _labels(labels, path, key, classes), path, classes)
 
 
-def _labels(labels: Any, path: Path, key: bytes) -> Tensor:
+def _labels(labels: Any, path: Path, key: bytes, classes: int) -> Tensor:
     if isinstance(labels, Tensor):
         return labels
     if not isinstance(labels, list) or not all(type(v) is int for v in labels):
         raise ValueError(f"{path}: {key.decode()!r} must be a list of whole numbers, got {type(labels).__name__}")
-    try:
-        return torch.tensor(labels, dtype=torch.int64)
-    except (OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path}: {key.decode()!r} has numbers that are no labels: {error}") from error
+    wrong = [v for v in labels if not 0 <= v < classes]  # before it is a tensor: not every number of Python fits in one
+    if wrong:
+        raise ValueError(f"{path}: {key.decode()!r} must be from 0 to {classes - 1}, got {wrong[0]}")
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def _checked(x: Tensor, y: Tensor, path: Path, classes: int) -> tuple[Tensor, Tensor]:

@@ -117,9 +117,10 @@ class MemoryMethod(Method):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         device = self._device()
         for task, rows in self._groups(tasks):
-            part_x, part_y = (_placed(part if rows is None else part[rows], device) for part in (x, y))
+            # Without waiting for the copy: nothing writes to a drawn batch.
+            part_x, part_y = ((part if rows is None else part[rows]).to(device, non_blocking=True) for part in (x, y))
             share = 1.0 if rows is None else len(part_x) / len(x)
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 logits = self._model(part_x) if self._forward is None else self._forward(self._model, part_x, task)
                 loss = _scalar(self._loss_fn(_logits(logits), part_y))
                 if not loss.requires_grad:
@@ -136,7 +137,7 @@ class MemoryMethod(Method):
             return
         present = sorted(set(tasks.tolist()))  # on the host already: a buffer draws there
         for task in present:
-            yield task, None if len(present) == 1 else (tasks == task).nonzero().squeeze(1)
+            yield task, None if len(present) == 1 else (tasks == task).nonzero()[:, 0]
 
 
 def _some_of(loader: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -152,10 +153,13 @@ def _some_of(loader: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         raise ValueError("loader gave no batch; pass the task's training data as a DataLoader, a list or an iterator of batches")
 
 
-def _placed(part: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for the copy; one that autograd can save, if it was made in inference mode."""
-    moved = part.to(device, non_blocking=True)
-    return moved.clone() if moved.is_inference() else moved
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose ranks hold parts of the gradients without saying so: their dot products would be those of the parts."""
+    if any(base.__name__ == "FullyShardedDataParallel" for module in model.modules() for base in type(module).__mro__):
+        raise TypeError(
+            "model is sharded by FullyShardedDataParallel, whose gradients are parts that do not tell what they are parts of, so a "
+            "projection would be another on every rank; accepted are a plain model, DistributedDataParallel and fully_shard"
+        )
 
 
 def count(name: str, value: Any) -> int:

@@ -90,7 +90,7 @@ class Method:
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> list[Any]:
     """``value`` as JSON can hold it; its tensors go into ``tensors`` under names that tell where they were."""
     if isinstance(value, Tensor):
-        tensors[name] = value.clone()  # a file may not hold two views of one storage
+        tensors[name] = value
         return ["tensor", [name, value.device.type]]
     if isinstance(value, Mapping):
         return ["mapping", [[key, _flatten(v, f"{name}.{key}", tensors)] for key, v in value.items()]]  # pairs: JSON's keys are strings

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastcl import capture_gradients, project_gradients_
 from fastcl.data import Buffer
-from fastcl.methods._memory import MemoryMethod, Scaler, count
+from fastcl.methods._memory import MemoryMethod, Scaler, check_whole, count
 from fastcl.methods._passes import Forward, Loss
 from fastcl.ops import ProjectionInfo
 
@@ -43,16 +43,18 @@ class AGEM(MemoryMethod):
             agem.save("agem.safetensors")
 
     Args:
-        model: the module that is trained, wrapped (DistributedDataParallel, FSDP) or not. Only ``.grad`` of its parameters is touched.
+        model: the module that is trained, in DistributedDataParallel or not. Only ``.grad`` of its parameters is touched. A model under
+            ``fully_shard`` needs the op to take its DTensor gradients; FullyShardedDataParallel, whose parts have no names, is refused.
             Under data parallelism each rank has a buffer of its own, and ``r`` is the mean over ranks, as ``g`` is.
         buffer: the memory, as in :mod:`fastcl.data`. Its generator is the only source of randomness that the method itself uses.
         loss_fn: ``loss_fn(logits, y)``, the mean loss of a batch.
         forward: ``forward(model, x, task) -> logits`` for a model with a head per task; a memory batch is then split by task, one forward
-            and backward pass each. By default ``model(x)``, in one pass.
+            and backward pass each; under DistributedDataParallel or FSDP the batches of all ranks must hold equally many tasks. By
+            default ``model(x)``, in one pass.
         batch_size: samples of a memory batch; while the buffer has fewer, each of them once.
 
     Raises:
-        TypeError: an argument of a wrong kind.
+        TypeError: an argument of a wrong kind, a model under FullyShardedDataParallel.
         ValueError: a batch size below 1.
     """
 
@@ -60,6 +62,7 @@ class AGEM(MemoryMethod):
 
     def __init__(self, model: nn.Module, buffer: Buffer, loss_fn: Loss, *, forward: Forward | None = None, batch_size: int = 64) -> None:
         super().__init__(model, buffer, loss_fn, forward)
+        check_whole(model)
         self._batch_size = count("batch_size", batch_size)
 
     def after_backward(self, *, scaler: Scaler | None = None) -> ProjectionInfo | None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastcl import capture_gradients, gem_project_gradients_
 from fastcl.data import Buffer
-from fastcl.methods._memory import MemoryMethod, Scaler, count
+from fastcl.methods._memory import MemoryMethod, Scaler, check_whole, count
 from fastcl.methods._passes import Forward, Loss
 from fastcl.ops import GemInfo
 from fastcl.ops._checks import at_least_zero
@@ -33,7 +33,8 @@ class GEM(MemoryMethod):
     The loop is that of :class:`fastcl.methods.AGEM`.
 
     Args:
-        model: the module that is trained, wrapped (DistributedDataParallel, FSDP) or not. Only ``.grad`` of its parameters is touched.
+        model: the module that is trained, in DistributedDataParallel or not. Only ``.grad`` of its parameters is touched. A model under
+            ``fully_shard`` needs the op to take its DTensor gradients; FullyShardedDataParallel, whose parts have no names, is refused.
             Under data parallelism each rank has a buffer of its own, every one with samples of the same tasks.
         buffer: the memory, as in :mod:`fastcl.data`. Past tasks of which it has no sample left put no constraint.
         loss_fn: ``loss_fn(logits, y)``, the mean loss of a batch.
@@ -43,7 +44,7 @@ class GEM(MemoryMethod):
         batch_size: samples of each past task to draw anew for every step; by default all that are kept.
 
     Raises:
-        TypeError: an argument of a wrong kind.
+        TypeError: an argument of a wrong kind, a model under FullyShardedDataParallel.
         ValueError: a batch size below 1, a margin or ridge below 0 or infinite.
     """
 
@@ -61,6 +62,7 @@ class GEM(MemoryMethod):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, buffer, loss_fn, forward)
+        check_whole(model)
         self._margin, self._ridge = at_least_zero("margin", margin), at_least_zero("ridge", ridge)
         self._batch_size = None if batch_size is None else count("batch_size", batch_size)
 

@@ -47,7 +47,8 @@ class Replay(MemoryMethod):
         buffer: the memory, as in :mod:`fastcl.data`. Its generator is the only source of randomness that the method itself uses.
         loss_fn: ``loss_fn(logits, y)``, the mean loss of a batch.
         forward: ``forward(model, x, task) -> logits`` for a model with a head per task; a memory batch is then split by task, one forward
-            and backward pass each. By default ``model(x)``, in one pass.
+            and backward pass each; under DistributedDataParallel or FSDP the batches of all ranks must hold equally many tasks. By
+            default ``model(x)``, in one pass.
         batch_size: samples of a memory batch; while the buffer has fewer, each of them once.
         weight: factor of the memory loss, above 0.
 
