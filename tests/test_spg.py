@@ -664,7 +664,10 @@ def test_a_shared_head_costs_two_passes_from_the_second_task_on():
 
 @pytest.mark.parametrize(
     ("heads", "shared", "error", "message"),
-    [(2, True, ValueError, "one module, the head of all tasks, with shared=True; got 2"), (1, 1, TypeError, "shared must be True or False")],
+    [
+        (2, True, ValueError, "one module, the head of all tasks, with shared=True; got 2"),
+        (1, 1, TypeError, "shared must be True or False"),
+    ],
 )
 def test_bad_sharing(heads, shared, error, message):
     model = make(heads)
