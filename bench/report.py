@@ -1,7 +1,8 @@
 """Write the README's benchmark sections and the plots from bench/results/*.json; no number is typed by hand.
 
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
-``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes.
+``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:methods`` is made of
+bench/results/methods.json, from ``python -m bench.methods``.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
 
@@ -10,37 +11,26 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import machine, targets
+from bench import machine, methods_report, targets
 from bench.cells import ORDER
+from bench.tables import number, table
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
 DEMO = machine.ROOT / "docs" / "demo"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
+NOTHING: dict[str, Any] = {"streams": []}
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
-
-
-def number(value: float) -> str:
-    """Three significant digits, at most five decimals, never in scientific notation."""
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{min(5, max(0, digits))}f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Container[int]) -> str:
-    """A Markdown table; the columns in ``text`` are aligned left, the others right."""
-    rule = ["---" if n in text else "---:" for n in range(len(head))]
-    return "\n".join("| " + " | ".join(r) + " |" for r in (list(head), rule, *map(list, rows)))
 
 
 def conditions(result: Mapping[str, Any]) -> str:
@@ -182,11 +172,17 @@ def demo(folder: Path = DEMO) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """All results by device name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    """All results of ops by device name."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
 
 
-def sections(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def load_methods(folder: Path) -> dict[str, Any] | None:
+    """The result of the methods, if there is one."""
+    path = folder / methods_report.FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def sections(results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The text for every marker; what has no result says so."""
     gpus = [r for name, r in results.items() if name != "cpu"]
     return {
@@ -194,6 +190,7 @@ def sections(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "cpu": section(results["cpu"]) if "cpu" in results else NONE,
         "gpu": "\n\n".join(section(r) for r in gpus) if gpus else NONE,
         "demo": demo(),
+        "methods": methods_report.section(trained) if trained else NONE,
     }
 
 
@@ -212,10 +209,10 @@ def replace(text: str, name: str, body: str) -> tuple[str, bool]:
     return pattern.sub(lambda _: f"{opening}\n{body}\n{closing}", text), True
 
 
-def updated(text: str, results: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
+def updated(text: str, results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any] | None = None) -> tuple[str, list[str]]:
     """The README's new text, and the names of the sections that it has no markers for."""
     absent = []
-    for name, body in sections(results).items():
+    for name, body in sections(results, trained).items():
         text, found = replace(text, name, body)
         if not found:
             absent.append(name)
@@ -229,14 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--readme", type=Path, default=README)
     p.add_argument("--results", type=Path, default=RESULTS)
     args = p.parse_args(argv)
-    results, before = load(args.results), args.readme.read_text()
-    after, absent = updated(before, results)
+    results, trained, before = load(args.results), load_methods(args.results), args.readme.read_text()
+    after, absent = updated(before, results, trained)
     for name in sorted(set(absent) & REQUIRED):
         print(f"bench: {args.readme.name} has no section <!-- bench:{name} -->", file=sys.stderr)
     from bench import plots
 
     if args.check:
-        missing = [file for r in results.values() for file, _ in plots.captions(r) if not (args.results / file).is_file()]
+        files = [file for r in results.values() for file, _ in plots.captions(r)] + [
+            file for file, _ in methods_report.pictures(trained or NOTHING)
+        ]
+        missing = [file for file in files if not (args.results / file).is_file()]
         stale = [f"{args.readme.name} does not say what the results say"] if after != before else []
         stale += [f"missing: {', '.join(missing)}"] if missing else []
         if stale:
@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if stale or set(absent) & REQUIRED else 0
     for r in results.values():
         plots.draw(r, args.results)
+    methods_report.draw(trained or NOTHING, args.results)
     args.readme.write_text(after)
     return 0
 

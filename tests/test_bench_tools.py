@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))  # last: an installed fastcl stays the one that is te
 pytest.importorskip("rich", reason="the benchmarks need pip install 'fastcl[bench]'")
 pytest.importorskip("matplotlib", reason="the benchmarks need pip install 'fastcl[bench]'")
 
-from bench import bench_step, compare, machine, measure, plots, report, targets, yardstick  # noqa: E402
+from bench import bench_step, compare, machine, measure, methods, methods_report, plots, report, targets, yardstick  # noqa: E402
 from bench.cells import DTYPES, Cell, CompileTimeout, Workload, cells, deadline, providers  # noqa: E402
 from fastcl.testing import CASES, SIZES  # noqa: E402
 
@@ -204,7 +204,7 @@ README = "# A title\n\n<!-- bench:cpu -->\nold 1 \\1\n<!-- /bench:cpu -->\n\nbet
 
 def test_sections_are_replaced_between_their_markers_only_and_once():
     once, absent = report.updated(README, {"cpu": result(GPT)})
-    assert absent == ["claim", "demo"]
+    assert absent == ["claim", "demo", "methods"]
     assert once.startswith("# A title\n\n<!-- bench:cpu -->\n")
     assert once.endswith("<!-- bench:gpu -->\nnot measured yet\n<!-- /bench:gpu -->\nend\n")
     assert "old 1" not in once
@@ -266,6 +266,73 @@ def test_a_gpu_result_fills_the_gpu_section(tmp_path):
     assert "bench/results/h100-memory.png" in text
     assert [p.name for p in plots.draw(gpu, tmp_path)] == ["h100-memory.png"]
     assert (tmp_path / "h100-memory.png").stat().st_size > 10_000
+
+
+def trained(*rows: dict) -> dict:
+    settings = {"epochs": 2, "lr": 0.1, "batch_size": 8, "width": 16, "depth": 1}
+    stream = {"stream": "split-digits", "scenario": "class", "tasks": 2, "methods": list(rows)}
+    return {"format": 1, "machine": result()["machine"], "settings": settings, "seeds": 2, "streams": [stream]}
+
+
+NAIVE = {
+    "method": "naive",
+    "options": {},
+    "seconds_per_step": [0.001, 0.002],
+    "matrices": [[[1.0, 0.0], [0.5, 0.9]], [[0.8, 0.1], [0.0, 1.0]]],
+}
+SPG = NAIVE | {"method": "spg", "options": {"strength": 1.0}, "seconds_per_step": [0.0015, 0.0022]}
+JOINT = NAIVE | {"method": "joint", "matrices": [[[None, None], [0.75, 0.95]]] * 2}
+
+
+def test_the_table_of_methods():
+    shown = methods_report.section(trained(NAIVE, SPG, JOINT))
+    assert "| naive |  | 60.0 ± 14.1 | 65.0 ± 21.2 | 1.50 | - |" in shown
+    assert "| SPG | strength 1.0 | 60.0 ± 14.1 | 65.0 ± 21.2 | 1.85 | +30 % |" in shown  # the mean of +50 % and +10 %: seed by seed
+    assert "| joint |  | 85.0 ± 0.0 | - | 1.50 | +0 % |" in shown
+    assert "MLP 64-16-10 with one head" in shown
+    assert "![accuracy along the stream, split-digits, class-incremental](bench/results/methods-split-digits-curves.png)" in shown
+
+
+def test_the_methods_result_fills_its_section_and_is_no_device(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(README + "<!-- bench:methods --><!-- /bench:methods -->\n")
+    compare.write(result(GPT), tmp_path)
+    args = ["--readme", str(readme), "--results", str(tmp_path)]
+    assert report.main(args) == 0
+    assert "<!-- bench:methods -->\nnot measured yet\n<!-- /bench:methods -->" in readme.read_text()
+    assert methods.write(trained(NAIVE, JOINT), tmp_path).name == "methods.json"
+    assert report.main([*args, "--check"]) == 1
+    assert report.main(args) == 0
+    assert "| joint |  | 85.0 ± 0.0 | - |" in readme.read_text()
+    assert set(report.load(tmp_path)) == {"cpu"}
+    assert report.main([*args, "--check"]) == 0
+    (tmp_path / "methods-split-digits-matrices.png").unlink()
+    assert report.main([*args, "--check"]) == 1
+    assert "missing: methods-split-digits-matrices.png" in capsys.readouterr().err
+
+
+def test_methods_are_trained_in_turn(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(methods, "SETTINGS", methods.SETTINGS | {"width": 8, "depth": 1})
+    order = []
+    run = methods.run
+    monkeypatch.setattr(
+        methods, "run", lambda config, folder: order.append((config.first_seed, config.stream, config.method)) or run(config, folder)
+    )
+    assert methods.main(["--quick", "--method", "naive", "--method", "agem", "--out", str(tmp_path)]) == 0
+    streams = ("split-digits", "permuted-digits")
+    assert order == [(seed, stream, method) for seed in (0, 1) for stream in streams for method in ("naive", "agem")]
+    written = json.loads((tmp_path / "methods.json").read_text())
+    assert [len(r["matrices"]) for s in written["streams"] for r in s["methods"]] == [2, 2, 2, 2]
+    assert methods_report.section(written, with_pictures=False) in capsys.readouterr().out
+    assert len(list(tmp_path.glob("methods-*.png"))) == 4
+
+
+def test_a_narrowed_run_of_methods_is_not_written(monkeypatch, capsys):
+    monkeypatch.setattr(methods, "measure", lambda *a: trained(NAIVE))
+    monkeypatch.setattr(methods, "write", lambda *a: pytest.fail("a narrowed run replaced the results"))
+    assert methods.main(["--method", "naive"]) == 0
+    assert "| naive |" in capsys.readouterr().out
 
 
 def test_csv_has_one_row_per_provider_and_names_what_was_not_run(tmp_path):

@@ -25,6 +25,7 @@ import fastcl
 from processes import LEFT_OUT, ROOT, environment, package_copy, python
 
 PACKAGE = sorted((ROOT / "fastcl").rglob("*.py"))
+BELOW_EXPERIMENTS = ("fastcl/ops", "fastcl/reference", "kernels", "fastcl/data", "fastcl/methods", "fastcl/testing")
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
@@ -47,7 +48,7 @@ print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before), 
         runs = [json.loads(python("-c", self.CODE, path=copy).stdout) for _ in range(3)]
         roots = {name.split(".")[0] for name in runs[0]["new"]}
         assert "fastcl" in roots
-        assert not roots & {"triton", "sklearn", "matplotlib", "scipy", "safetensors", "tqdm", "rich", "pandas"}
+        assert not roots & {"triton", "sklearn", "matplotlib", "scipy", "safetensors", "tqdm", "rich", "typer", "pandas"}
         assert not [
             name for name in runs[0]["new"] if name.startswith(("torch._dynamo", "torch._inductor", "fastcl.kernels", "fastcl.methods"))
         ]
@@ -185,6 +186,8 @@ class TestSource:
             ("kernels", ("fastcl.ops", "fastcl.methods", "fastcl.backends", "fastcl._native", "kernels")),
             ("fastcl/data", ("fastcl.ops", "fastcl.methods")),
             ("fastcl/methods", ("fastcl.kernels", "fastcl.backends", "fastcl._native", "fastcl.reference")),
+            ("fastcl/experiment", ("fastcl.ops", "fastcl.gradients", "fastcl.kernels", "fastcl._native", "fastcl.reference")),
+            *((folder, ("fastcl.experiment", "fastcl.cli")) for folder in BELOW_EXPERIMENTS),
         ],
     )
     def test_arrows_point_one_way(self, folder, forbidden) -> None:

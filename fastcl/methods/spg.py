@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,6 +53,10 @@ class SPG:
     which hardly ever acts; that is left out. The rule protects against the gradient alone: use plain SGD, as the authors do, since
     momentum, weight decay or Adam's scaling move weights whose gradient is masked to 0.
 
+    The paper defines SPG for task-incremental learning. With ``shared=True`` one head serves every task, so that the rule can be compared
+    in class- and domain-incremental streams: all the ``tau`` name that head, and the passes of CHI for ``tau < t`` are then one pass.
+    Nothing protects the old outputs of a shared head beyond the factor ``1 - strength * mean(a)``.
+
     Example::
 
         spg = SPG(model, heads=model.heads)                  # model(x, task) -> logits
@@ -77,11 +82,12 @@ class SPG:
         strength: number in [0, 1]; 1 is the paper's rule, 0 no protection.
         dtype: of the stored importance: float64, float32, bfloat16, float16, or uint8 (``a = u / 255``, rounded up so that protection
             never weakens). It lives on the device of its parameter and follows it when the model is moved.
+        shared: ``heads`` holds the one head of any number of tasks; ``head_index`` is then always 0.
 
     Raises:
-        TypeError: a model, heads, strength, parameter or dtype of a wrong kind.
-        ValueError: no head, a head that is not inside ``model`` or given twice, parameters shared between heads or with the feature
-            extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
+        TypeError: a model, heads, strength, parameter, dtype or ``shared`` of a wrong kind.
+        ValueError: no head, several with ``shared``, a head that is not inside ``model`` or given twice, parameters shared between heads
+            or with the feature extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
     """
 
     def __init__(
@@ -92,17 +98,23 @@ class SPG:
         forward: Forward | None = None,
         strength: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        shared: bool = False,
     ) -> None:
         if dtype not in STORED:
             raise TypeError(f"dtype is {dtype}; accepted are {', '.join(map(str, STORED))}")
         if forward is not None and not callable(forward):
             raise TypeError(f"forward must be a function (model, x, head_index) -> logits, got {type(forward).__name__}")
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be True or False, got {type(shared).__name__}")
         self._strength = unit_interval("strength", strength)
         _distributed.prepare(model)
         self._features, self._of_heads = split(model, heads)
         self._slots = (*self._features, *self._of_heads)
+        if shared and len(heads) != 1:
+            raise ValueError(f"heads must hold one module, the head of all tasks, with shared=True; got {len(heads)}")
         self._model = model
-        self._heads = len(heads)
+        self._heads: float = math.inf if shared else len(heads)
+        self._shared = shared
         self._dtype = dtype
         self._forward: Forward = forward if forward is not None else _call_with_head
         self._state = self._new_state(0, self._zeros())
@@ -150,9 +162,10 @@ class SPG:
             self.after_backward()
 
     def end_task(self, loader: Iterable[tuple[Any, Any]], loss_fn: Loss) -> Tensor:
-        """Accumulate the importance of the task that has just been trained; its head is ``heads[tasks_seen]``.
+        """Accumulate the importance of the task that has just been trained; its head is ``heads[tasks_seen]``, or the shared one.
 
-        Runs ``loader`` once per head up to this one, with the model in train mode; autograd is switched on if the caller has it off.
+        Runs ``loader`` once per head up to this one (a shared head: twice from the second task on), with the model in train mode;
+        autograd is switched on if the caller has it off.
         Gradients are summed in float32 for bfloat16 and float16 parameters, else in the parameter's dtype; missing ones count as 0.
         Parameters, ``.grad``, buffers (BatchNorm's running statistics) and every module's mode are afterwards as they were; only the
         random number generators have advanced. An exception, the loader's and the loss's included, leaves this object as it was too.
@@ -185,15 +198,21 @@ class SPG:
         with training_passes(self._model):
             accumulated = [mask.clone() for mask in self._state.masks[: len(self._features)]]
             totals = zeros_to_sum_into(self._features)
-            for head in range(task + 1):
-                batches = self._sum_through(head, totals, loader, loss_fn if head == task else _sum_of_logits)
+            for number, (head, loss) in enumerate(self._passes(task, loss_fn)):
+                batches = self._sum_through(head, totals, loader, loss)
                 if not batches:
-                    again = " when it was read for the second time: it can be read only once" if head else ""
+                    again = " when it was read for the second time: it can be read only once" if number else ""
                     raise ValueError(f"loader gave no batch{again}; pass the task's training data as a DataLoader or a list of batches")
                 with torch.no_grad():
                     mean = ops.spg_importance_(accumulated, [totals])  # the maximum over heads, one head at a time
         self._state = self._new_state(task + 1, accumulated, mean)
         return mean
+
+    def _passes(self, task: int, loss_fn: Loss) -> list[tuple[int, Loss]]:
+        """The heads and objectives of a task's end; tasks that share a head share its CHI."""
+        if self._shared:
+            return [*[(0, _sum_of_logits)] * min(task, 1), (0, loss_fn)]
+        return [*((head, _sum_of_logits) for head in range(task)), (task, loss_fn)]
 
     def _sum_through(self, head: int, totals: list[Tensor], loader: Iterable[tuple[Any, Any]], loss: Loss) -> int:
         def logits_of(x: Any) -> Tensor:
