@@ -162,7 +162,7 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
     Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
     parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
     list stays empty. Gradients that are views into a buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``) are copied,
-    since the next backward overwrites them.
+    since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
 
     Under ``fully_shard`` (FSDP2) the gradients are DTensors, under DistributedDataParallel the averages over the ranks; the block's forward
     pass has to go through the wrapped model.

@@ -31,7 +31,8 @@ from fastcl import (
     reference,
     use_backend,
 )
-from fastcl.methods import SPG
+from fastcl.data import ReservoirBuffer
+from fastcl.methods import AGEM, GEM, SPG
 from fastcl.reference._storage import decode
 from fastcl.testing import CASES, clone, largest_error, unit_roundoff
 from layouts import identical
@@ -673,6 +674,39 @@ def training_with_projection(world: int) -> None:
             runs.append(train(model, world, gem))
         for n, (run, violated) in enumerate(runs):
             assert violated == decided, n
+            for name, p in single.items():
+                torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
+
+
+@check(2, 4)
+def methods_with_a_memory(world: int) -> None:
+    """A-GEM and GEM on a model whose ranks share the batches and remember the same samples."""
+
+    def train(model: nn.Module, ranks: int, method: Callable[[nn.Module, ReservoirBuffer], AGEM | GEM]) -> tuple[dict[str, Tensor], int]:
+        cl = method(model, ReservoirBuffer(64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        projected = 0
+        for task in range(3):
+            for step in range(3):
+                x, y = data(10 * task + step)
+                if ranks > 1:
+                    x, y = part(x, ranks), part(y, ranks)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                info = cl.after_backward()
+                projected += int(info is not None and bool(info.violated))
+                optimizer.step()
+            cl.end_task([data(10 * task)])
+        return names(model), projected
+
+    makers = (lambda m, b: AGEM(m, b, nn.functional.cross_entropy), lambda m, b: GEM(m, b, nn.functional.cross_entropy))
+    for method in makers:
+        single, projected = train(Net(1), 1, method)
+        assert projected
+        runs = [train(sharded(Net(1), mesh), world, method) for mesh in training_meshes(world)]
+        runs.append(train(DistributedDataParallel(Net(1)), world, method))
+        for run, times in runs:
+            assert times == projected
             for name, p in single.items():
                 torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
 

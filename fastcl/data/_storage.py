@@ -63,6 +63,11 @@ class Buffer(ABC):
         """The tasks of the stored samples, in ascending order."""
         return sorted(set(self._task[: self._length].tolist()))
 
+    @property
+    def generator(self) -> torch.Generator:
+        """What decides which samples are kept and drawn."""
+        return self._generator
+
     def __len__(self) -> int:
         """Number of stored samples."""
         return self._length
