@@ -161,8 +161,8 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
 
     Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
     parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
-    list stays empty. Gradients that are views into a larger buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``)
-    are copied, since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
+    list stays empty. Gradients that are views into a buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``) are copied,
+    since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
 
     Under ``fully_shard`` (FSDP2) the gradients are DTensors, under DistributedDataParallel the averages over the ranks; the block's forward
     pass has to go through the wrapped model.
@@ -200,4 +200,5 @@ def _kept(grad: Tensor | None) -> Tensor | None:
     """A gradient that a further backward pass cannot overwrite."""
     if grad is None or type(grad) is not Tensor or grad.layout != torch.strided:
         return grad
-    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad
+    # A buffer may hold one gradient only; what autograd makes is no view.
+    return grad.clone() if grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad

@@ -31,7 +31,8 @@ from fastcl import (
     reference,
     use_backend,
 )
-from fastcl.methods import SPG
+from fastcl.data import ReservoirBuffer
+from fastcl.methods import AGEM, GEM, SPG
 from fastcl.reference._storage import decode
 from fastcl.testing import CASES, clone, largest_error, unit_roundoff
 from layouts import identical
@@ -62,7 +63,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def spread(whole: Tensor, mesh: DeviceMesh, placements: Any) -> Tensor:
-    return whole.clone() if placements == PLAIN else distribute_tensor(whole, mesh, placements)
+    own = whole.clone()  # of which one rank alone would make its shard without a copy
+    return own if placements == PLAIN else distribute_tensor(own, mesh, placements)
 
 
 def whole(t: Tensor) -> Tensor:
@@ -226,7 +228,7 @@ def ranks_differ_in_size_of_mean(world: int) -> None:
 def refused(kind: type[Exception], message: str, call: Callable[..., Any], *args: Any) -> None:
     """An error that names the argument, on every rank, and nothing written."""
     tensors = [t for a in args for t in (a if isinstance(a, list) else [])]
-    tensors = [u for t in tensors for u in (t if isinstance(t, list) else [t])]
+    tensors = [u for t in tensors for u in (t if isinstance(t, list) else [t]) if u is not None]
     before = [t.to_local().clone() if isinstance(t, DTensor) else t.clone() for t in tensors]
     with pytest.raises(kind, match=message):
         call(*args)
@@ -508,7 +510,9 @@ def spg_state(world: int) -> None:
 
 
 def projection_lists(cases: Sequence[Any], dtype: torch.dtype, count: int) -> list[list[Tensor]]:
-    return [[torch.randn(tuple(c[0]), generator=seeded(100 * k + n), dtype=F64).to(dtype) for n, c in enumerate(cases)] for k in range(count)]
+    return [
+        [torch.randn(tuple(c[0]), generator=seeded(100 * k + n), dtype=F64).to(dtype) for n, c in enumerate(cases)] for k in range(count)
+    ]
 
 
 def spread_all(tensors: Sequence[Tensor], mesh: DeviceMesh, cases: Sequence[Any]) -> list[Tensor]:
@@ -656,10 +660,7 @@ def training_with_projection(world: int) -> None:
             for p, old in zip(model.parameters(), before, strict=True):
                 assert (p.grad is None) == (old is None)
                 assert old is None or torch.equal(whole(p.grad), old)
-            if gem:
-                info = gem_project_gradients_(model, [reference, second])
-            else:
-                info = project_gradients_(model, reference)
+            info = gem_project_gradients_(model, [reference, second]) if gem else project_gradients_(model, reference)
             violated.append(bool(info.violated))
             optimizer.step()
         return names(model), violated
@@ -668,11 +669,44 @@ def training_with_projection(world: int) -> None:
         single, decided = train(Net(), 1, gem)
         assert gem or set(decided) == {False, True}
         runs = [train(sharded(Net(), mesh), world, gem) for mesh in training_meshes(world)]
-        for views in (False, True):
-            model = DistributedDataParallel(Net(), find_unused_parameters=True, gradient_as_bucket_view=views)
+        for views, size in ((False, 25), (True, 25), (True, 1e-6)):  # MiB of a buffer of gradients: for all, for one
+            model = DistributedDataParallel(Net(), find_unused_parameters=True, gradient_as_bucket_view=views, bucket_cap_mb=size)
             runs.append(train(model, world, gem))
-        for run, violated in runs:
-            assert violated == decided
+        for n, (run, violated) in enumerate(runs):
+            assert violated == decided, n
+            for name, p in single.items():
+                torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
+
+
+@check(2, 4)
+def methods_with_a_memory(world: int) -> None:
+    """A-GEM and GEM on a model whose ranks share the batches and remember the same samples."""
+
+    def train(model: nn.Module, ranks: int, method: Callable[[nn.Module, ReservoirBuffer], AGEM | GEM]) -> tuple[dict[str, Tensor], int]:
+        cl = method(model, ReservoirBuffer(64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        projected = 0
+        for task in range(3):
+            for step in range(3):
+                x, y = data(10 * task + step)
+                if ranks > 1:
+                    x, y = part(x, ranks), part(y, ranks)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                info = cl.after_backward()
+                projected += int(info is not None and bool(info.violated))
+                optimizer.step()
+            cl.end_task([data(10 * task)])
+        return names(model), projected
+
+    makers = (lambda m, b: AGEM(m, b, nn.functional.cross_entropy), lambda m, b: GEM(m, b, nn.functional.cross_entropy))
+    for method in makers:
+        single, projected = train(Net(1), 1, method)
+        assert projected
+        runs = [train(sharded(Net(1), mesh), world, method) for mesh in training_meshes(world)]
+        runs.append(train(DistributedDataParallel(Net(1)), world, method))
+        for run, times in runs:
+            assert times == projected
             for name, p in single.items():
                 torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
 

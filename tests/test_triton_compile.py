@@ -150,6 +150,23 @@ def test_ptx_of_spg(dtype: torch.dtype, stored: torch.dtype, launches: list[Any]
     assert "atom" not in "".join(texts.values())
 
 
+@pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
+def test_the_two_sweeps_apart(target: str, launches: list[Any]) -> None:
+    stored, heads = [empty((60, 100), F32), empty((7,), BF16)], [[empty((60, 100), F32), empty((7,), F64)]] * 2
+    rows = importance.spg_moments(stored, heads)
+    importance.spg_update_(stored, heads, [rows])
+    assert rows.shape == (2, 2, 4)
+    assert {kernel.__name__ for kernel, *_ in launches} == {
+        "moments_kernel",
+        "combine_kernel",
+        "scaling_kernel",
+        "spg_kernel",
+        "mean_kernel",
+    }
+    for launch in launches:
+        compiled(launch, target)
+
+
 def test_offsets_of_flat_walks_are_64_bit(launches: list[Any]) -> None:
     run("soft_mask_", F32, F32)
     ttir = compiled(launches[0], "sm_90")["ttir"]

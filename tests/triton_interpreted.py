@@ -290,6 +290,24 @@ def test_spg(dtype: torch.dtype, stored: torch.dtype, heads: int) -> None:
     assert abs(float(mean - exact)) <= step
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, torch.float32), (torch.bfloat16, torch.uint8)], ids=str)
+@pytest.mark.parametrize("heads", [1, 5])
+def test_spg_in_two_sweeps(dtype: torch.dtype, stored: torch.dtype, heads: int) -> None:
+    """As tensors that are sharded need it: the same bits, and rows whose order is that of heads and tensors."""
+    shapes = [(4097,), (3, 21), (1,)]
+    whole = [stored_importance(s, stored) // 4 if stored == torch.uint8 else stored_importance(s, stored) / 4 for s in shapes]
+    grads = [[gradient(s, dtype, 10 * h + n) for n, s in enumerate(shapes)] for h in range(heads)]
+    parts = [keep(t) for t in whole]
+    rows = importance.spg_moments(parts, grads)
+    defined = reference.importance.spg_moments(parts, grads)
+    # Shift and distance to the mean are each implementation's own; what they say together is not.
+    torch.testing.assert_close(rows[..., 0] + rows[..., 2], defined[..., 0] + defined[..., 2], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(rows[..., 1::2], defined[..., 1::2], rtol=1e-5, atol=1e-12)
+    mean = importance.spg_update_(parts, grads, [rows])
+    assert mean.equal(ops.spg_importance_(whole, grads))
+    same(parts, whole)
+
+
 def test_spg_heads_of_different_dtypes_and_strides() -> None:
     shape = (40, 30)
     heads = [[gradient(shape, torch.bfloat16)], [gradient(shape[::-1], torch.float32).t()], [gradient(shape, torch.float64)]]

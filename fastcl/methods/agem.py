@@ -43,8 +43,8 @@ class AGEM(MemoryMethod):
             agem.save("agem.safetensors")
 
     Args:
-        model: the module that is trained, in DistributedDataParallel or not. Only ``.grad`` of its parameters is touched. A model under
-            ``fully_shard`` needs the op to take its DTensor gradients; FullyShardedDataParallel, whose parts have no names, is refused.
+        model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Only ``.grad`` of its
+            parameters is touched. FullyShardedDataParallel, whose parts have no names, is refused.
             Under data parallelism each rank has a buffer of its own, and ``r`` is the mean over ranks, as ``g`` is.
         buffer: the memory, as in :mod:`fastcl.data`. Its generator is the only source of randomness that the method itself uses.
         loss_fn: ``loss_fn(logits, y)``, the mean loss of a batch.

@@ -33,8 +33,8 @@ class GEM(MemoryMethod):
     The loop is that of :class:`fastcl.methods.AGEM`.
 
     Args:
-        model: the module that is trained, in DistributedDataParallel or not. Only ``.grad`` of its parameters is touched. A model under
-            ``fully_shard`` needs the op to take its DTensor gradients; FullyShardedDataParallel, whose parts have no names, is refused.
+        model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Only ``.grad`` of its
+            parameters is touched. FullyShardedDataParallel, whose parts have no names, is refused.
             Under data parallelism each rank has a buffer of its own, every one with samples of the same tasks.
         buffer: the memory, as in :mod:`fastcl.data`. Past tasks of which it has no sample left put no constraint.
         loss_fn: ``loss_fn(logits, y)``, the mean loss of a batch.

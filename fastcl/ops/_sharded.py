@@ -56,19 +56,13 @@ def reshard(model: nn.Module) -> None:
 
 def zeros_like(t: Tensor) -> Tensor:
     """Zeros that take no memory, sharded as ``t`` is."""
-    d = _as_dtensor(t)
-    if d is None:
+    if not is_sharded([t]):
         return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
     from torch.distributed.tensor import DTensor
 
-    zeros = zeros_like(_local(d))
+    d = cast(DTensor, t)
+    zeros = zeros_like(shards([d])[0])
     return DTensor.from_local(zeros, d.device_mesh, d.placements, run_check=False, shape=d.shape, stride=d.stride())
-
-
-def _as_dtensor(t: Any) -> DTensor | None:
-    from torch.distributed.tensor import DTensor
-
-    return t if isinstance(t, DTensor) else None
 
 
 def mesh_of(*named: Named) -> DeviceMesh:
@@ -78,28 +72,34 @@ def mesh_of(*named: Named) -> DeviceMesh:
         TypeError: a DTensor with a Partial placement.
         ValueError: two meshes, or this process is not part of the mesh.
     """
-    first: tuple[str, DeviceMesh] | None = None
+    from torch.distributed.tensor import DTensor
+
+    first = ""
+    mesh: Any = None
+    summed: list[Any] = []  # placements that have been looked at
     for name, tensors in named:
         for i, t in enumerate(tensors):
-            d = _as_dtensor(t)
-            if d is None:
+            if not isinstance(t, DTensor):
                 continue
-            if any(p.is_partial() for p in d.placements):
-                raise TypeError(
-                    f"{name}[{i}] has the placements {d.placements}: a Partial one is a sum that the ranks have not made yet; accepted are "
-                    f"Shard and Replicate, pass {name}[{i}].redistribute(placements=[...])"
-                )
-            first = first or (f"{name}[{i}]", d.device_mesh)
-            if d.device_mesh != first[1]:
+            if t.placements not in summed:
+                if any(p.is_partial() for p in t.placements):
+                    raise TypeError(
+                        f"{name}[{i}] has the placements {t.placements}: a Partial one is a sum that the ranks have not made yet; accepted "
+                        f"are Shard and Replicate, pass {name}[{i}].redistribute(placements=[...])"
+                    )
+                summed.append(t.placements)
+            if mesh is None:
+                first, mesh = f"{name}[{i}]", t.device_mesh
+            elif t.device_mesh is not mesh and t.device_mesh != mesh:
                 raise ValueError(
-                    f"{name}[{i}] lives on {d.device_mesh} and {first[0]} on {first[1]}; one call takes the DTensors of one mesh: call the "
-                    "op once for each mesh, or redistribute"
+                    f"{name}[{i}] lives on {t.device_mesh} and {first} on {mesh}; one call takes the DTensors of one mesh: call the op "
+                    "once for each mesh, or redistribute"
                 )
-    if first is None:
+    if mesh is None:
         raise ValueError("there is no DTensor in the lists")
-    if first[1].get_coordinate() is None:
-        raise ValueError(f"{first[0]} lives on {first[1]}, of which this process is not part; call the op on the ranks of the mesh")
-    return first[1]
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{first} lives on {mesh}, of which this process is not part; call the op on the ranks of the mesh")
+    return cast("DeviceMesh", mesh)
 
 
 def local(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -109,32 +109,37 @@ def local(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     if is_sharded(tensors):
         mesh_of((name, tensors))
-    with torch.no_grad():
-        return [_local(t) for t in tensors]
+    return shards(tensors)
 
 
-def _local(t: Tensor) -> Tensor:
+def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As :func:`local`, of lists that have been checked."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
 
-    d = _as_dtensor(t)
-    if d is None:
-        return t
-    shard = d.to_local()
-    # The result of a collective that may still be under way.
-    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
+    with torch.no_grad():
+        own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        # The result of a collective may still be under way.
+        return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in own]
 
 
 def counted(tensors: Sequence[Tensor], mesh: DeviceMesh) -> list[bool]:
     """Which of this rank's local tensors a sum over all ranks counts: of a replicated one, as plain ones are, one rank's only."""
+    from torch.distributed.tensor import DTensor
+
     at = mesh.get_coordinate() or ()
-    return [all(c == 0 for c, p in zip(at, _placements(t, mesh), strict=True) if p.is_replicate()) for t in tensors]
-
-
-def _placements(t: Tensor, mesh: DeviceMesh) -> Sequence[Placement]:
-    from torch.distributed.tensor import Replicate
-
-    d = _as_dtensor(t)
-    return d.placements if d is not None else [Replicate()] * mesh.ndim
+    plain = not any(at)
+    known: dict[Any, bool] = {}
+    result = []
+    for t in tensors:
+        if not isinstance(t, DTensor):
+            result.append(plain)
+            continue
+        placements = t.placements
+        if placements not in known:
+            known[placements] = all(c == 0 for c, p in zip(at, placements, strict=True) if p.is_replicate())
+        result.append(known[placements])
+    return result
 
 
 def all_reduce_sum(value: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -166,7 +171,9 @@ def all_gather(value: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def bump_versions(written: Sequence[Tensor]) -> None:
     """Tell autograd about a write to local tensors: a DTensor's version counter is its own."""
-    _dispatch.bump_versions([t for t in written if _as_dtensor(t) is not None])
+    from torch.distributed.tensor import DTensor
+
+    _dispatch.bump_versions([t for t in written if isinstance(t, DTensor)])
 
 
 def elementwise(
@@ -180,7 +187,7 @@ def elementwise(
     _checks.same_length(read_name, read, written_name, written)
     _checks.broadcasts(read_name, read, written_name, written)
     check_matching(read_name, read, written_name, written)
-    op(local(written_name, written), local(read_name, read))
+    op(shards(written), shards(read))
     bump_versions(written)
 
 
@@ -194,9 +201,13 @@ def check_matching(name: str, value: Sequence[Tensor], other_name: str, other: S
         TypeError: a Partial placement, or a plain tensor beside a DTensor.
         ValueError: other placements, or two meshes.
     """
+    from torch.distributed.tensor import DTensor
+
     mesh_of((other_name, other), (name, value))
     for i, (t, partner) in enumerate(zip(value, other, strict=True)):
-        a, b = _as_dtensor(t), _as_dtensor(partner)
+        a, b = t if isinstance(t, DTensor) else None, partner if isinstance(partner, DTensor) else None
+        if a is not None and b is not None and a.placements == b.placements and a.shape == b.shape:
+            continue
         if b is None and a is not None:
             raise TypeError(
                 f"{name}[{i}] is a DTensor with the placements {a.placements} and {other_name}[{i}] a plain tensor; accepted are two of a "

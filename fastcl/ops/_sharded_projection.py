@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,9 @@ def project_(grads: Sequence[Tensor], reference: Sequence[Tensor], check: CheckW
     """``[g.r, r.r, coefficient]``, as the operator returns it."""
     mesh, (g, r) = _local(("grads", grads), ("reference", reference))
     _checks.not_recorded("grads", grads)
-    check(g, [("reference", r)])
     _, dot, _, square = _products(grads, [g, r], mesh).flatten().unbind()
     coefficient = project_coefficient(dot, square)
-    _combine(grads, g, [r], coefficient[None])
+    _combine(grads, g, [("reference", r)], coefficient[None], check)
     return torch.stack([dot, square, coefficient])
 
 
@@ -42,10 +41,10 @@ def gem_project_(grads: Sequence[Tensor], memories: Sequence[Named], margin: flo
     """``[violated, v, dots]``, as the operator returns it."""
     mesh, (g, *shards) = _local(("grads", grads), *memories)
     _checks.not_recorded("grads", grads)
-    check(g, [(name, m) for (name, _), m in zip(memories, shards, strict=True)])
     products = _products(grads, [*shards, g], mesh)
     values: Tensor = _dispatch.run_reading("gem_coefficients", products.device, products, margin, ridge)
-    _combine(grads, g, shards, values[1 : 1 + len(shards)])
+    named = [(name, m) for (name, _), m in zip(memories, shards, strict=True)]
+    _combine(grads, g, named, values[1 : 1 + len(shards)], check)
     return values
 
 
@@ -56,22 +55,27 @@ def _local(*named: Named) -> tuple[DeviceMesh, list[list[Tensor]]]:
     for name, value in others:
         _checks.same_shape(name, value, *first)
         _sharded.check_matching(name, value, *first, one_element=False)
-    return mesh, [[_dispatch.plain(t) for t in _sharded.local(name, value)] for name, value in named]
+    return mesh, [[_dispatch.plain(t) for t in _sharded.shards(value)] for _, value in named]
 
 
 def _products(tensors: Sequence[Tensor], shards: Sequence[Sequence[Tensor]], mesh: DeviceMesh) -> Tensor:
-    """The operator sums what this rank counts; it also looks at dtypes and layouts."""
     counted = _sharded.counted(tensors, mesh)
     members = [i for i, counts in enumerate(counted) if counts and shards[0][i].numel()]
     own = torch.zeros(len(shards), len(shards), dtype=torch.float64, device=shards[0][0].device)
     if members:
-        own = torch.ops.fastcl.gram([column[i] for column in shards for i in members], len(shards))
+        lists = [[column[i] for i in members] for column in shards]
+        found: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", lists[0], lists)
+        # The operator says what is wrong with dtypes and layouts.
+        own = torch.ops.fastcl.gram([t for column in lists for t in column], len(lists)) if found is _dispatch.REFUSED else found
     return _sharded.all_reduce_sum(own, mesh)
 
 
-def _combine(grads: Sequence[Tensor], g: Sequence[Tensor], shards: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
+def _combine(grads: Sequence[Tensor], g: Sequence[Tensor], memories: Sequence[Named], coefficients: Tensor, check: CheckWritten) -> None:
     members = [i for i, t in enumerate(g) if t.numel()]
     if members:
-        written, *columns = ([column[i] for i in members] for column in (g, *shards))
-        _dispatch.run("combine_", written[0].device, written, columns, coefficients.contiguous())
+        coefficients = coefficients.contiguous()
+        written, *columns = ([column[i] for i in members] for column in (g, *(m for _, m in memories)))
+        if _dispatch.traced() or _dispatch.gate("combine_", written, columns, coefficients) is _dispatch.REFUSED:
+            check(g, memories)
+            _dispatch.run("combine_", written[0].device, written, columns, coefficients)
     _sharded.bump_versions(grads)

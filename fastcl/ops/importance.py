@@ -15,16 +15,16 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
     SPG's and DAS's EMax (Konishi et al., ICML 2023, eq. 3; Ke et al., ICLR 2023, eq. 5). NaN propagates, as in torch.maximum.
     Floating storage rounds to nearest. uint8 stores the smallest ``u`` with ``u / 255 >= max(I, new)``, so that protection never
-    weakens; it saturates at 0 and 255, and NaN is stored as 255.
+    weakens; it saturates at 0 and 255, and NaN is stored as 255. DTensors as in :func:`fastcl.ops.soft_mask_`.
 
     Args:
         importance: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``I = u / 255``), any strides; written.
         new: one tensor per element of ``importance``, on its device, of its shape or broadcasting to it; the same dtypes.
 
     Raises:
-        TypeError: not a list of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
-            Nothing has been written then.
+        TypeError: not a list of dense tensors, a dtype that is not accepted, a plain tensor beside a DTensor, a Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, a written tensor that requires grad
+            while autograd records. Nothing has been written then.
     """
     if _dispatch.traced() or _dispatch.gate("emax_", importance, new) is _dispatch.REFUSED:
         _checks.listed("importance", importance)
@@ -69,6 +69,11 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     A tensor with a NaN or an Inf gets NaN in all its elements. Mean and variance are accumulated in float64 in a fixed order: the
     result does not depend on the number of threads.
 
+    Of DTensors mean, std and the returned mean are those of the whole tensors, over all ranks of the mesh, and do not depend on the number
+    of ranks beyond float64's rounding; each rank updates its own shard. Of what is replicated (a plain tensor in such a list too) one rank
+    counts. Two collectives, of some numbers per tensor; every rank of the mesh has to call the op, with gradients placed as
+    ``accumulated`` is.
+
     Args:
         accumulated: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``a = u / 255``, rounded up), any strides;
             written.
@@ -78,12 +83,12 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     Returns:
         The mean of ``accumulated`` over all elements of all tensors after the update: 0-d, float64, on the device of its first tensor
         (0 if there is no element). SPG scales the heads' gradients by ``1 -`` this value; it can be passed to :func:`soft_mask_` as it
-        is, without a host sync.
+        is, without a host sync. A plain tensor with the same bits on all ranks where the list holds DTensors.
 
     Raises:
-        TypeError: not lists of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
-            Nothing has been written then.
+        TypeError: not lists of dense tensors, a dtype that is not accepted, a plain tensor beside a DTensor, a Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, a written tensor that requires grad
+            while autograd records. Nothing has been written then.
     """
     _checks.listed("accumulated", accumulated)
     if not isinstance(grads_by_head, (list, tuple)):
@@ -153,8 +158,8 @@ def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence
     for name, head in named:
         _checks.same_shape(name, head, "accumulated", accumulated)
         _sharded.check_matching(name, head, "accumulated", accumulated, one_element=False)
-    stored = [_dispatch.plain(t) for t in _sharded.local("accumulated", accumulated)]
-    heads = [[_dispatch.plain(t) for t in _sharded.local(name, head)] for name, head in named]
+    stored = [_dispatch.plain(t) for t in _sharded.shards(accumulated)]
+    heads = [[_dispatch.plain(t) for t in _sharded.shards(head)] for name, head in named]
     _check_spg(stored, [g for head in heads for g in head], len(heads))
     device = stored[0].device
     counted = _sharded.counted(accumulated, mesh)

@@ -36,6 +36,10 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
     Products and sums are float64, summed in a fixed two-stage order: the same bits for any number of threads and from run to run.
     A pair in which one is None counts as zero. Not differentiable.
 
+    Of DTensors the product is that of the whole tensors: one sum over the ranks of the mesh, whose result has the same bits on all of them;
+    what is replicated counts once. Both lists have the same meshes and placements, none of them Partial. Every rank calls the op. So it is
+    in :func:`gram`, and in :func:`project_` and :func:`gem_project_`, which then update each rank's own shard.
+
     Args:
         a: list of dense tensors on one device, float64, float32, bfloat16 or float16, any strides; None for a missing gradient.
         b: one tensor per element of ``a``, of its shape; the same dtypes.
