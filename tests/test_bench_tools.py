@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -164,15 +165,18 @@ def test_a_miss_is_shown_as_missed_and_a_gap_as_not_measured():
     assert len(lines) == 2 + len(targets.TARGETS)
     (against_yardstick,) = [x for x in lines if "soft_mask_` | gpt2-small | fp32 | speed, relative to yardstick" in x]
     assert against_yardstick.endswith("| 0.825 x | **missed** |")
-    (against_compile,) = [x for x in lines if "relative to compile" in x]
+    (against_compile,) = [x for x in lines if "soft_mask_" in x and "relative to compile" in x]
     assert against_compile.endswith("| - | **not measured** no compiler |")
-    (absent,) = [x for x in lines if "400x64" in x]
+    (absent,) = [x for x in lines if "| 400x64" in x]
     assert "**not measured** the cell is not in the run" in absent
 
 
 def test_targets_name_cells_that_the_default_run_measures():
     default = {(c.op, c.size, c.dtype): c for c in cells()}
-    for t in targets.TARGETS:
+    assert {(t.op, t.size) for t in targets.TARGETS if t.kind == "overhead"} <= set(
+        itertools.product(bench_step.METHODS, bench_step.MODELS)
+    )
+    for t in [t for t in targets.TARGETS if t.kind != "overhead"]:
         assert t.kind == "memory" or t.against in providers(default[(t.op, t.size, t.dtype)], "cpu"), t
 
 
@@ -421,7 +425,9 @@ def test_yardstick_moves_the_bytes_of_the_case(op, dtype):
     gradient, stored = DTYPES[dtype]
     amount = yardstick.traffic(CASES[op], 1000, gradient, stored)
     assert amount.total == 1000 * CASES[op].bytes_per_element(gradient.itemsize, stored.itemsize)
-    assert amount.read == (1000 * gradient.itemsize if op == "spg_importance_" else 0)
+    first = {"spg_importance_": 1, "project_": 2, "project_, not violated": 2, "gem_project_": 20}  # streams that are read before a write
+    if gradient == stored:
+        assert amount.read == 1000 * gradient.itemsize * first.get(op, 0)
     yardstick.build(amount, "cpu")()
 
 
@@ -429,6 +435,9 @@ def test_yardstick_moves_the_bytes_of_the_case(op, dtype):
 @pytest.mark.parametrize("op", CASES)
 def test_every_provider_of_a_cell_does_the_ops_work_from_the_same_inputs(op, dtype, monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", [(8, 4), (5,)])
+    if DTYPES[dtype][1] == torch.uint8 and not CASES[op].uint8:
+        assert not cells([op], dtypes=[dtype])
+        return
     work = Workload(Cell(op, "tiny", dtype), "cpu")
     before = [t.clone() for t in work.args[0]]
     names = [n for n in providers(work.cell, "cpu") if n not in ("compile", "yardstick")]
@@ -440,7 +449,7 @@ def test_every_provider_of_a_cell_does_the_ops_work_from_the_same_inputs(op, dty
             work.calls[name]()
             outcome[name] = [t.double() for t in work.args[0]]
     assert set(outcome) | set(work.not_run) == set(names)
-    assert any(not torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True))
+    assert any(not torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True)) == ("not violated" not in op)
     tolerance = 1.01 if work.args[0][0].dtype == torch.uint8 else 0.02
     for name, values in outcome.items():
         for value, ours in zip(values, outcome["fastcl"], strict=True):
@@ -476,7 +485,7 @@ def test_a_step_masks_the_same_gradients_with_every_mask(monkeypatch):
 
 
 def test_a_step_projects_the_same_gradients_with_every_provider(monkeypatch):
-    monkeypatch.setitem(bench_step.MODELS, "tiny", lambda: (torch.nn.Linear(6, 10), torch.randn(4, 6)))
+    monkeypatch.setitem(bench_step.MODELS, "tiny", lambda: (torch.nn.Linear(6, 10), torch.randn(1, 6)))
     work = bench_step.Step("tiny", "cpu", "A-GEM's projection")
     work.memory_labels = (work.labels + 5) % 10
     grads = {}

@@ -49,7 +49,7 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
 
     Raises:
         TypeError: not a list of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit.
+        ValueError: lengths, shapes or devices that do not fit. Nothing is written in any case.
     """
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("grad_dot", a, a, b)
     if result is _dispatch.REFUSED:
@@ -106,7 +106,7 @@ def gram(vectors: Sequence[Gradients]) -> Tensor:
 
     Raises:
         TypeError: not a list of lists of dense tensors, or a dtype that is not accepted.
-        ValueError: no list or too many; lengths, shapes or devices that do not fit.
+        ValueError: no list or too many; lengths, shapes or devices that do not fit. Nothing is written in any case.
     """
     _check_count("vectors", vectors, MOST_MEMORIES + 1)
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", vectors[0], vectors)
