@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ RANKS = (2, 3, MOST_DIMS)
 NARROW = (1 << 30) - 1  # what is smaller is encoded in 32 bits
 NARROW_BIAS = 3
 WIDE_BIAS = (1 << 40) + 1  # keeps every encoded value in 64 bits
+ARGUMENTS = 3968  # bytes for the tuples: every GPU accepts 4 KB of arguments, of which the scalars and Triton's own pointers take some
 
 FLAT, SCALAR, STRIDED = 0, 1, 2
 
@@ -60,6 +62,12 @@ class Launch(NamedTuple):
         """The tuples that a kernel over two lists takes first, in order."""
         return (*self.columns, self.starts, self.tails, self.sizes, *self.strides)
 
+    @property
+    def joined(self) -> tuple[Any, ...]:
+        """The tuples that a kernel over any number of lists takes first, in order: pointers and strides of one list after the other."""
+        strides = sum(self.strides, ()) if self.constants["D"] else (0,)
+        return sum(self.columns, ()), self.starts, self.tails, self.sizes, strides
+
     def per_row(self, values: Sequence[int]) -> tuple[int, ...]:
         """One integer per member, encoded and padded for ``_math.pick``."""
         return encode([*values, *values[-1:] * (self.constants["T"] - len(values))])
@@ -68,6 +76,12 @@ class Launch(NamedTuple):
 def encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
     bias = WIDE_BIAS if wide else NARROW_BIAS
     return tuple(2 * v + bias for v in values)
+
+
+def halves(value: float) -> tuple[int, int]:
+    """The bits of a float64, high and low, for ``_math.float64``."""
+    low, high = struct.unpack("<ii", struct.pack("<d", value))
+    return high, low
 
 
 def padded_capacity(count: int) -> int:
@@ -142,10 +156,19 @@ def _memory(row: Sequence[Tensor]) -> Any:
     return tuple((t.dtype, t.data_ptr() % 16 == 0) for t in row)
 
 
-def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None) -> Iterator[Launch]:
+def _capacity(columns: int, rank: int, wide: bool) -> int:
+    """How many tensors a launch holds."""
+    # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB.
+    limit = 1 if wide else 8 if rank else CAPACITIES[-1]
+    # Per tensor its pointers, a start, a tail, one value of the caller's, and per dim the sizes and strides.
+    size = 8 * columns + 12 + (8 if wide else 4) * rank * (columns + 1)
+    return max(c for c in CAPACITIES if c == 1 or (c <= limit and c * size <= ARGUMENTS))
+
+
+def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None, block: int = BLOCK) -> Iterator[Launch]:
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
-    Rows with different ``tags`` do not share a launch.
+    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     in_order = (FLAT,) * len(lists)
@@ -167,16 +190,16 @@ def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None) -> Ite
             key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag)
             groups.setdefault(key, []).append((member, tensors, w))
     for (_, kinds, rank, wide, tag), rows in groups.items():
-        # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB, more than the 4 KB that every GPU accepts as arguments.
-        limit = 1 if wide else 8 if rank else CAPACITIES[-1]
+        limit = _capacity(len(lists), rank, wide)
         for at in range(0, len(rows), limit):
-            yield _launch(rows[at : at + limit], kinds, rank, wide, tag)
+            yield _launch(rows[at : at + limit], kinds, rank, wide, tag, STRIDED_BLOCK if rank else block)
 
 
-def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any) -> Launch:
+def _launch(
+    rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any, block: int
+) -> Launch:
     capacity = padded_capacity(len(rows))
     padded = [*rows, *(rows[-1],) * (capacity - len(rows))]
-    block = STRIDED_BLOCK if rank else BLOCK
     row_blocks = tuple(-(-w.elements // block) for _, _, w in rows)
     starts = [0, *itertools.accumulate(row_blocks), *[NARROW - 1] * (capacity - len(rows))]
     return Launch(
@@ -193,7 +216,7 @@ def _launch(rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int
             "D": rank,
             "BIAS": WIDE_BIAS if wide else NARROW_BIAS,
             "BLOCK": block,
-            "num_warps": 4 if rank else 8,
+            "num_warps": 8 if block > STRIDED_BLOCK else 4,
         },
         tag=tag,
     )

@@ -136,6 +136,25 @@ def _to_half(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     return value.to(dtype)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def float64(high: tl.tensor, low: tl.tensor) -> tl.tensor:
+    """The float64 whose halves ``_lists.halves`` has made: Triton passes Python's floats as float32."""
+    return ((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def total(partials: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """The sum of ``count`` float64 partial sums, by one program and in a fixed order."""
+    lane = tl.arange(0, CHUNK)
+    sums = tl.zeros((CHUNK,), tl.float64)
+    # while, not range: with numpy >= 2.4 the interpreter of Triton 3.6 cannot iterate over a range whose bounds are tensors.
+    at = count * 0
+    while at < count:
+        sums += tl.load(partials + at + lane, mask=at + lane < count, other=0)
+        at += CHUNK
+    return tl.sum(sums, 0)
+
+
 @triton.constexpr_function  # type: ignore[untyped-decorator]
 def precision(a: tl.constexpr, b: tl.constexpr) -> tl.constexpr:
     """float64 if either dtype is, else float32."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcl.kernels._lists import launches, on_device
-from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, write
+from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, total, write
 from fastcl.kernels._moments import moments, scaling, statistics
 
 _HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
@@ -101,11 +101,11 @@ def _accumulate(
     exists = tl.arange(0, BLOCK) < valid
     if stored.dtype == tl.uint8:
         # At most 4096 codes: their sum is exact in 32 bits.
-        total = tl.sum(tl.where(exists, stored.to(tl.int32), 0), 0).to(tl.float64) / 255
+        stored_sum = tl.sum(tl.where(exists, stored.to(tl.int32), 0), 0).to(tl.float64) / 255
     else:
         # The only float64 of this sweep, one addition per element: the mean of 10^9 values is as good as that of 10.
-        total = tl.sum(tl.where(exists, stored.to(tl.float64), 0.0), 0)
-    tl.store(sum_at, total)
+        stored_sum = tl.sum(tl.where(exists, stored.to(tl.float64), 0.0), 0)
+    tl.store(sum_at, stored_sum)
 
 
 @triton.jit(do_not_specialize=["first", "count"])  # type: ignore[untyped-decorator]
@@ -151,13 +151,7 @@ def spg_kernel(
 @triton.jit(do_not_specialize=["blocks", "elements"])  # type: ignore[untyped-decorator]
 def mean_kernel(sums: tl.tensor, mean: tl.tensor, blocks: tl.tensor, elements: tl.tensor, CHUNK: tl.constexpr) -> None:
     """The sums of all blocks, in a fixed order, over the number of elements."""
-    lane = tl.arange(0, CHUNK)
-    total = tl.full((CHUNK,), 0, tl.float64)
-    chunk = blocks * 0
-    while chunk < blocks:
-        total += tl.load(sums + chunk + lane, mask=chunk + lane < blocks, other=0)
-        chunk += CHUNK
-    tl.store(mean, tl.sum(total, 0) / elements.to(tl.float64))
+    tl.store(mean, total(sums, blocks, CHUNK) / elements.to(tl.float64))
 
 
 def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:

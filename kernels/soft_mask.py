@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcl.kernels._lists import launches, on_device
-from fastcl.kernels._math import address, decode, encode, pick, place, precision, read, write
+from fastcl.kernels._lists import halves, launches, on_device
+from fastcl.kernels._math import address, decode, encode, float64, pick, place, precision, read, write
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -28,12 +27,7 @@ def _scale(
     grad = read(g_at, valid, 0, MASKED, BLOCK)
     stored = read(i_at, valid, KIND, MASKED, BLOCK)
     dtype: tl.constexpr = precision(grad.dtype, stored.dtype)
-    if dtype == tl.float64:
-        # Triton passes Python's floats as float32; the bits of the double arrive as two integers.
-        bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-        factor = bits.to(tl.float64, bitcast=True)
-    else:
-        factor = tl.cast(strength, tl.float32)
+    factor = float64(high, low) if dtype == tl.float64 else tl.cast(strength, tl.float32)
     free = 1 - factor * decode(stored, dtype)
     write(g_at, encode(grad.to(dtype) * free, grad.dtype), valid, MASKED, BLOCK)
 
@@ -70,8 +64,7 @@ def soft_mask_kernel(
 
 def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float = 1.0) -> None:
     """``g <- g * (1 - strength * I)``; see :func:`fastcl.ops.soft_mask_`."""
-    low, high = struct.unpack("<ii", struct.pack("<d", strength))
     for launch in launches(grads, importance):
         with on_device(grads[0]):
             # Without contraction: 1 - s * I in one rounding would not be the definition.
-            soft_mask_kernel[launch.grid](*launch.args, strength, high, low, **launch.constants, enable_fp_fusion=False)
+            soft_mask_kernel[launch.grid](*launch.args, strength, *halves(strength), **launch.constants, enable_fp_fusion=False)

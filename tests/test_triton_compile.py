@@ -2,7 +2,9 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastcl.kernels import _lists, _moments, importance, soft_mask  # noqa: E402
+from fastcl.kernels import _lists, _moments, _products, importance, projection, soft_mask  # noqa: E402
 
 F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
 TARGETS = {
@@ -42,7 +44,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     recorded: list[Any] = []
-    for module in (soft_mask, importance, _moments):
+    for module in (soft_mask, importance, _moments, _products, projection):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -61,6 +63,14 @@ def compiled(launch: Any, target: str) -> dict[str, str]:
     source, options = specialised(launch, TARGETS[target])
     assembly = triton.compile(source, target=TARGETS[target], options=options).asm
     return {name: text for name, text in assembly.items() if isinstance(text, str)}
+
+
+def resources(launch: Any, target: str, path: Path) -> dict[str, int]:
+    """What the assembler gave to the kernel: registers (REG) and bytes of spills (STACK)."""
+    source, options = specialised(launch, TARGETS[target])
+    path.write_bytes(triton.compile(source, target=TARGETS[target], options=options).asm["cubin"])
+    said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", said)}
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -167,6 +177,88 @@ def test_the_two_sweeps_apart(target: str, launches: list[Any]) -> None:
         compiled(launch, target)
 
 
+def lists(count: int, dtype: torch.dtype, shape: tuple[int, ...] = (60, 100), tensors: int = 1) -> list[list[Tensor]]:
+    return [[empty(shape, dtype) for _ in range(tensors)] for _ in range(count)]
+
+
+def gem(count: int, dtype: torch.dtype, shape: tuple[int, ...] = (60, 100), tensors: int = 1) -> None:
+    grads, *memories = lists(1 + count, dtype, shape, tensors)
+    projection.gem_project_(grads, memories, 0.5, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_ptx_of_a_gem(dtype: torch.dtype, target: str, launches: list[Any], tmp_path: Path) -> None:
+    projection.project_(*lists(2, dtype))
+    assert [kernel.__name__ for kernel, *_ in launches] == ["products_kernel", "agem_kernel", "combine_kernel"]
+    texts = [compiled(launch, target)["ptx"] for launch in launches]
+    assert vectors(texts[0], "ld")
+    assert vectors(texts[2], "ld")
+    assert vectors(texts[2], "st")
+    # Two products per element, summed as they are made; g + v m in two roundings, as in the definition.
+    assert "fma.rn.f64" in texts[0]
+    assert not contracted(texts[2])
+    assert not re.search(r"\b(mul|add|fma|sub)\.\S*f32", "".join(texts))
+    assert "atom" not in "".join(texts)
+    assert all(resources(launch, target, tmp_path / "cubin")["STACK"] == 0 for launch in launches)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_ptx_of_gem(target: str, launches: list[Any], tmp_path: Path) -> None:
+    gem(10, F32)
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert names == ["products_kernel", "sum_kernel"] * 3 + ["gem_kernel", "combine_kernel"]
+    for launch in launches:
+        ptx = compiled(launch, target)["ptx"]
+        if launch[0].__name__ in ("products_kernel", "combine_kernel"):
+            assert vectors(ptx, "ld")
+        assert "atom" not in ptx
+        # Of the widest tile two doubles may not fit.
+        assert resources(launch, target, tmp_path / "cubin")["STACK"] <= 16
+
+
+def test_a_memory_that_counts_for_nothing_is_loaded_under_a_predicate(launches: list[Any]) -> None:
+    grads, *memories = lists(4, F32)
+    projection.combine_(grads, memories, torch.zeros(3, dtype=F64))
+    ptx = compiled(launches[0], "sm_90")["ptx"]
+    loads = re.findall(r"(@%p\d+ )?ld\.global\.v4\.b32", ptx)
+    assert len(loads) == 16
+    assert sum(map(bool, loads)) == 12
+
+
+@pytest.mark.parametrize("count", [1, 10, 17, 64])
+def test_the_quadratic_programme_compiles(count: int, launches: list[Any], tmp_path: Path) -> None:
+    projection.gem_coefficients(torch.zeros(count + 1, count + 1, dtype=F64), 0.5, 1e-3)
+    for target in ("sm_80", "sm_90"):
+        used = resources(launches[0], target, tmp_path / "cubin")
+        assert used["STACK"] <= (192 if count > 32 else 0), used
+    assert not re.search(r"\b(div|sqrt)\.(full|approx)|\.f32\b", compiled(launches[0], "sm_90")["ptx"])
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_amd_compiles_the_projections(dtype: torch.dtype, launches: list[Any]) -> None:
+    projection.project_(*lists(2, dtype))
+    gem(3, dtype)
+    for launch in launches:
+        text = compiled(launch, "gfx942")["amdgcn"]
+        assert "s_endpgm" in text
+        assert re.search(r"\.vgpr_spill_count: *0\b", text)
+        if launch[0].__name__ in ("products_kernel", "combine_kernel"):
+            # A wavefront has 64 lanes, so of 1024 elements of 16 bits each takes 8 bytes.
+            assert re.search(r"\b(buffer|global)_load_dwordx" + ("[24]" if dtype == BF16 else "4") + r"\b", text)
+
+
+def test_lists_are_read_as_often_as_the_tiles_demand(launches: list[Any]) -> None:
+    for count in (1, 2, 8, 9, 16, 17, 65):
+        launches.clear()
+        projection.gram(lists(count, F32))
+        reads = [len(options["KINDS"]) for kernel, _, options in launches if kernel.__name__ == "products_kernel"]
+        assert sum(reads) == count * -(-count // projection.TILE)
+    launches.clear()
+    projection.project_(*lists(2, F32, tensors=64))
+    assert [kernel.__name__ for kernel, *_ in launches] == ["products_kernel", "agem_kernel", "combine_kernel"]
+
+
 def test_offsets_of_flat_walks_are_64_bit(launches: list[Any]) -> None:
     run("soft_mask_", F32, F32)
     ttir = compiled(launches[0], "sm_90")["ttir"]
@@ -199,6 +291,11 @@ def test_a_launch_fits_the_4_kb_of_arguments(launches: list[Any]) -> None:
     run("spg_importance_", F32, F32, tensors=64, heads=4)
     tall = [torch.zeros(3, 4, 5, 6, 7)[:, ::2, :, ::2, ::3] for _ in range(8)]
     importance.spg_importance_(tall, [[torch.zeros(t.shape) for t in tall] for _ in range(4)])
+    for count in (1, 3, 7, 8, 15, 16, 63, 64):
+        gem(count, F32, tensors=70)
+        grads, *memories = lists(1 + count, F32, (3, 4, 5, 6, 7), 9)
+        memories = [[t.permute(4, 0, 3, 1, 2).contiguous().permute(1, 3, 4, 2, 0)[..., :] for t in m] for m in memories]
+        projection.gem_project_([g[:, ::2, :, ::2, ::3] for g in grads], [[t[:, ::2, :, ::2, ::3] for t in m] for m in memories], 0, 0)
     for kernel, args, _ in launches:
         flat = [v for a in args for v in (a if isinstance(a, tuple) else (a,))]
         size = sum(8 if isinstance(v, Tensor) or (isinstance(v, int) and abs(v) >= 1 << 31) else 4 for v in flat)

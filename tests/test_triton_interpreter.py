@@ -1,4 +1,4 @@
-"""Runs tests/triton_interpreted.py in a process of its own: Triton decides at import whether it interprets."""
+"""Runs tests/triton_interpreted*.py in a process of its own: Triton decides at import whether it interprets."""
 
 import os
 import re
@@ -24,6 +24,7 @@ def test_the_kernels_in_the_interpreter() -> None:
         "-p",
         "no:cacheprovider",
         "triton_interpreted.py",
+        "triton_interpreted_projection.py",
     ]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
