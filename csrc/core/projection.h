@@ -14,7 +14,11 @@ FASTCL_HD double agem_coefficient(double dot, double square) { return dot >= 0 &
 // Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
 template <class M>
 FASTCL_HD double add_scaled(double sum, double coefficient, M memory) {
+#ifdef __CUDA_ARCH__
+  return fma(coefficient, load<double>(memory), sum);  // not left to the compiler there
+#else
   return sum + coefficient * load<double>(memory);
+#endif
 }
 
 constexpr int kMostMemories = 64;
@@ -32,8 +36,8 @@ struct Alone {
 // passive ones stays at 0. All threads of a team run through the same branches, since they decide from the same shared numbers.
 struct NonnegativeQP {
   int n;
-  double* q;         // [n, n], scaled
-  double* inverse;   // [n, n]: of the passive block; elsewhere what the sweeps make of Q
+  double* q;         // [n, row_of(n)], scaled
+  double* inverse;   // [n, row_of(n)]: of the passive block; elsewhere what the sweeps make of Q
   double* p;         // [n], scaled
   double* u;         // [n]: the solution, scaled
   double* s;         // [n]: the minimum over the passive variables
@@ -45,27 +49,33 @@ struct NonnegativeQP {
   static constexpr int kVectors = 5;
   static constexpr int kFlags = 2;
 
+  // The length of a matrix row in memory: odd, so that a GPU's threads find one column's elements in different banks of shared memory.
+  static constexpr FASTCL_HD int row_of(int n) { return n | 1; }
+
   template <class Team>
   FASTCL_HD void sweep(int k, const Team& team) const {
-    const double pivot = inverse[k * n + k];
-    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * n + j] / pivot;
+    const int width = row_of(n);
+    const double pivot = inverse[k * width + k];
+    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * width + j] / pivot;
     team.sync();
     for (int i = team.rank; i < n; i += team.size) {
       if (i == k) continue;
-      double* own = inverse + i * n;
+      double* own = inverse + i * width;
       const double factor = own[k];
       for (int j = 0; j < n; ++j) own[j] -= factor * row[j];
       own[k] = -factor / pivot;
     }
     team.sync();
-    for (int j = team.rank; j < n; j += team.size) inverse[k * n + j] = j == k ? 1 / pivot : row[j];
+    for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? 1 / pivot : row[j];
     team.sync();
   }
 
   // From Q anew: what was swept in is not swept out, so that no rounding piles up.
   template <class Team>
   FASTCL_HD void factor(const Team& team) const {
-    for (int e = team.rank; e < n * n; e += team.size) inverse[e] = q[e];
+    const int width = row_of(n);
+    for (int i = team.rank; i < n; i += team.size)
+      for (int j = 0; j < n; ++j) inverse[i * width + j] = q[i * width + j];
     team.sync();
     for (int k = 0; k < n; ++k)
       if (passive[k]) sweep(k, team);
@@ -73,19 +83,20 @@ struct NonnegativeQP {
 
   template <class Team>
   FASTCL_HD void minimum(const Team& team) const {
+    const int width = row_of(n);
     for (int i = team.rank; i < n; i += team.size) s[i] = 0;
     team.sync();
     for (int refinement = 0; refinement < 3; ++refinement) {
       for (int i = team.rank; i < n; i += team.size) {
         double sum = p[i];
-        for (int j = 0; j < n; ++j) sum += q[i * n + j] * s[j];
+        for (int j = 0; j < n; ++j) sum += q[i * width + j] * s[j];
         residual[i] = passive[i] ? sum : 0;
       }
       team.sync();
       for (int i = team.rank; i < n; i += team.size) {
         if (!passive[i]) continue;
         double sum = 0;
-        for (int j = 0; j < n; ++j) sum += inverse[i * n + j] * residual[j];
+        for (int j = 0; j < n; ++j) sum += inverse[i * width + j] * residual[j];
         s[i] -= sum;
       }
       team.sync();
@@ -95,11 +106,12 @@ struct NonnegativeQP {
   // The free variable along which the objective falls most steeply, beyond rounding; -1 if there is none.
   template <class Team>
   FASTCL_HD int steepest(const Team& team) const {
+    const int width = row_of(n);
     for (int i = team.rank; i < n; i += team.size) {
       double gradient = p[i], magnitude = fabs(p[i]);
       for (int j = 0; j < n; ++j) {
-        gradient += q[i * n + j] * u[j];
-        magnitude += fabs(q[i * n + j]) * u[j];
+        gradient += q[i * width + j] * u[j];
+        magnitude += fabs(q[i * width + j]) * u[j];
       }
       residual[i] = !passive[i] && !blocked[i] && gradient < -4 * n * kRoundoff * magnitude ? gradient : 0;
     }
@@ -143,7 +155,7 @@ struct NonnegativeQP {
     for (int step = 0; step < 16 * n + 16; ++step) {
       const int entering = steepest(team);
       if (entering < 0) return;
-      bool enters = inverse[entering * n + entering] > 16 * n * kRoundoff;
+      bool enters = inverse[entering * row_of(n) + entering] > 16 * n * kRoundoff;
       if (enters) {
         if (team.rank == 0) passive[entering] = 1;
         team.sync();
@@ -174,21 +186,31 @@ struct NonnegativeQP {
 };
 
 // Doubles and ints that gem_coefficients works in.
-constexpr int64_t gem_workspace_doubles(int k) { return int64_t(2) * k * k + NonnegativeQP::kVectors * k; }
-constexpr int64_t gem_workspace_ints(int k) { return int64_t(NonnegativeQP::kFlags) * k; }
+constexpr FASTCL_HD int64_t gem_workspace_doubles(int k) { return int64_t(2) * k * NonnegativeQP::row_of(k) + NonnegativeQP::kVectors * k; }
+constexpr FASTCL_HD int64_t gem_workspace_ints(int k) { return int64_t(NonnegativeQP::kFlags) * k; }
 
 // GEM's coefficients from the Gram matrix [k + 1, k + 1] of the memories and, last, the gradient.
 // out: [violated, v_0 ... v_k-1, G_0 . g ... G_k-1 . g]; zeros for v if nothing is violated, NaN if the products are no longer numbers.
 template <class Team>
 FASTCL_HD void gem_coefficients(const double* products, int k, double margin, double ridge, double* out, double* doubles, int* ints,
                                 const Team& team) {
+  const int width = NonnegativeQP::row_of(k);
+  constexpr int kViolated = 1, kNumbers = 2;
+  for (int i = team.rank; i < k; i += team.size) {
+    const double* row = products + i * (k + 1);
+    bool numbers = true;
+    for (int j = 0; j <= k; ++j) numbers &= fabs(row[j]) < INFINITY;
+    ints[i] = (row[k] >= 0 && row[i] < INFINITY ? 0 : kViolated) | (numbers ? kNumbers : 0);
+  }
+  team.sync();
   bool violated = false, numbers = true;
   for (int i = 0; i < k; ++i) {
-    violated = violated || !(products[i * (k + 1) + k] >= 0) || !(products[i * (k + 1) + i] < INFINITY);
-    for (int j = 0; j <= k; ++j) numbers = numbers && fabs(products[i * (k + 1) + j]) < INFINITY;
+    violated |= (ints[i] & kViolated) != 0;
+    numbers &= (ints[i] & kNumbers) != 0;
   }
-  double* vectors = doubles + 2 * k * k;
-  const NonnegativeQP qp{k,    doubles, doubles + k * k, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
+  team.sync();
+  double* vectors = doubles + 2 * k * width;
+  const NonnegativeQP qp{k,    doubles, doubles + k * width, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
                          ints, ints + k};
   if (violated && numbers) {
     const auto scale = [&](int i) {
@@ -201,7 +223,7 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
       for (int j = 0; j < k; ++j) {
         const double element = products[i * (k + 1) + j] + (i == j ? ridge : 0);
         sum += element;
-        qp.q[i * k + j] = i == j ? (element > 0 ? 1 : 0) : scale(i) * element * scale(j);
+        qp.q[i * width + j] = i == j ? (element > 0 ? 1 : 0) : scale(i) * element * scale(j);
       }
       qp.p[i] = scale(i) * (products[i * (k + 1) + k] + margin * sum);
     }
