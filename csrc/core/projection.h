@@ -43,10 +43,11 @@ struct NonnegativeQP {
   double* s;         // [n]: the minimum over the passive variables
   double* residual;  // [n]
   double* row;       // [n]
+  double* scale;     // [n]: of the variables
   int* passive;      // [n]
   int* blocked;      // [n]: refused as dependent since the last step
 
-  static constexpr int kVectors = 5;
+  static constexpr int kVectors = 6;
   static constexpr int kFlags = 2;
 
   // The length of a matrix row in memory: odd, so that a GPU's threads find one column's elements in different banks of shared memory.
@@ -55,18 +56,18 @@ struct NonnegativeQP {
   template <class Team>
   FASTCL_HD void sweep(int k, const Team& team) const {
     const int width = row_of(n);
-    const double pivot = inverse[k * width + k];
-    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * width + j] / pivot;
+    const double reciprocal = 1 / inverse[k * width + k];
+    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * width + j] * reciprocal;
     team.sync();
     for (int i = team.rank; i < n; i += team.size) {
       if (i == k) continue;
       double* own = inverse + i * width;
       const double factor = own[k];
       for (int j = 0; j < n; ++j) own[j] -= factor * row[j];
-      own[k] = -factor / pivot;
+      own[k] = -factor * reciprocal;
     }
     team.sync();
-    for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? 1 / pivot : row[j];
+    for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? reciprocal : row[j];
     team.sync();
   }
 
@@ -126,14 +127,16 @@ struct NonnegativeQP {
   // Moves from u towards s as far as no passive variable becomes negative, and fixes those that reach 0. False: s is feasible.
   template <class Team>
   FASTCL_HD bool step_back(const Team& team) const {
-    double shortest = 2;
-    for (int i = 0; i < n; ++i)
-      if (passive[i] && s[i] <= 0) shortest = fmin(shortest, u[i] / (u[i] - s[i]));
+    constexpr double far = 2;
+    for (int i = team.rank; i < n; i += team.size) residual[i] = passive[i] && s[i] <= 0 ? u[i] / (u[i] - s[i]) : far;
     team.sync();
-    if (shortest == 2) return false;
+    double shortest = far;
+    for (int i = 0; i < n; ++i) shortest = fmin(shortest, residual[i]);
+    team.sync();
+    if (shortest == far) return false;
     for (int i = team.rank; i < n; i += team.size) {
       if (!passive[i]) continue;
-      const bool leaves = s[i] <= 0 && u[i] / (u[i] - s[i]) <= shortest;
+      const bool leaves = s[i] <= 0 && residual[i] <= shortest;
       u[i] = leaves ? 0 : u[i] + shortest * (s[i] - u[i]);
       passive[i] = !leaves;
     }
@@ -210,26 +213,28 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
   }
   team.sync();
   double* vectors = doubles + 2 * k * width;
-  const NonnegativeQP qp{k,    doubles, doubles + k * width, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
-                         ints, ints + k};
+  const NonnegativeQP qp{
+      k,    doubles, doubles + k * width, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k, vectors + 5 * k,
+      ints, ints + k};
   if (violated && numbers) {
-    const auto scale = [&](int i) {
+    for (int i = team.rank; i < k; i += team.size) {
       const double d = products[i * (k + 1) + i] + ridge;
-      return d > 0 ? 1 / sqrt(d) : 0;
-    };
+      qp.scale[i] = d > 0 ? 1 / sqrt(d) : 0;
+    }
+    team.sync();
     // u = v - margin turns the bound into u >= 0 and the linear term into b + margin Q 1.
     for (int i = team.rank; i < k; i += team.size) {
       double sum = 0;
       for (int j = 0; j < k; ++j) {
         const double element = products[i * (k + 1) + j] + (i == j ? ridge : 0);
         sum += element;
-        qp.q[i * width + j] = i == j ? (element > 0 ? 1 : 0) : scale(i) * element * scale(j);
+        qp.q[i * width + j] = i == j ? (element > 0 ? 1 : 0) : qp.scale[i] * element * qp.scale[j];
       }
-      qp.p[i] = scale(i) * (products[i * (k + 1) + k] + margin * sum);
+      qp.p[i] = qp.scale[i] * (products[i * (k + 1) + k] + margin * sum);
     }
     team.sync();
     qp.solve(team);
-    for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + scale(i) * qp.u[i];
+    for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + qp.scale[i] * qp.u[i];
   } else {
     for (int i = team.rank; i < k; i += team.size) out[1 + i] = violated ? NAN : 0.0;
   }

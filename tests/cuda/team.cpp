@@ -1,5 +1,5 @@
-// GEM's solver on a team of real threads, for ThreadSanitizer, and against one thread alone: every number has one writer and a fixed order, so
-// the bits are the same. Usage: team <threads>.
+// GEM's solver on a team of real threads, for ThreadSanitizer, and against one thread alone: every number has one writer and a fixed order,
+// so the bits are the same. Usage: team <threads>.
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
