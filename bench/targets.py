@@ -51,6 +51,8 @@ class Target:
         return "missed"
 
 
+AGEM, KEPT = ("project_", "gpt2-small", "fp32"), ("project_, not violated", "gpt2-small", "fp32")
+GEM = ("gem_project_", "resnet18", "fp32")
 GPT, SPG = ("soft_mask_", "gpt2-small", "fp32"), ("spg_importance_", "gpt2-small", "fp32")
 MEMORY_RESOLUTION = 0.001  # "none at all" is less than what the measurement can see: 0.1 % of 124 M parameters is 0.5 MB
 TARGETS = (
@@ -63,6 +65,14 @@ TARGETS = (
     Target("soft_mask_", "10000x64", "fp32", "speed", "foreach", 4.0, 6.0),
     Target("soft_mask_", "10000x64", "fp32", "speed", "eager", 15.0, 30.0),
     Target("soft_mask_", "400x64", "fp32", "time", "foreach", 0.45, 0.30),
+    Target(*AGEM, "time", "yardstick", 1.15, 1.0),
+    Target(*AGEM, "speed", "official", 4.0, 6.0),
+    Target(*AGEM, "speed", "compile", 1.0, 1.2),
+    Target(*KEPT, "time", "yardstick", 1.15, 1.0),
+    Target(*GEM, "speed", "official", 10.0, 20.0),
+    Target("project_", "10000x64", "fp32", "speed", "official", 5.0, 15.0),
+    Target(*AGEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*GEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*GPT, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*SPG, "memory", "P", 0.01, MEMORY_RESOLUTION),
 )

@@ -9,7 +9,10 @@
 namespace fastcl {
 
 // What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer numbers.
-FASTCL_HD double agem_coefficient(double dot, double square) { return dot >= 0 && square < INFINITY ? 0.0 : -dot / square; }
+FASTCL_HD double agem_coefficient(double dot, double square) {
+  if (dot >= 0 && square < INFINITY) return 0;
+  return square > 0 ? -dot / square : NAN;
+}
 
 // Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
 template <class M>
@@ -57,8 +60,10 @@ struct NonnegativeQP {
   FASTCL_HD void sweep(int k, const Team& team) const {
     const int width = row_of(n);
     const double reciprocal = 1 / inverse[k * width + k];
+    FASTCL_ROLLED
     for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * width + j] * reciprocal;
     team.sync();
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       if (i == k) continue;
       double* own = inverse + i * width;
@@ -67,33 +72,42 @@ struct NonnegativeQP {
       own[k] = -factor * reciprocal;
     }
     team.sync();
+    FASTCL_ROLLED
     for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? reciprocal : row[j];
     team.sync();
   }
 
-  // From Q anew: what was swept in is not swept out, so that no rounding piles up.
+  // Sweeps in the entering variable; with none (-1), all passive ones from Q anew: what was swept in is not swept out, so that no rounding
+  // piles up.
   template <class Team>
-  FASTCL_HD void factor(const Team& team) const {
+  FASTCL_HD void factor(int entering, const Team& team) const {
     const int width = row_of(n);
-    for (int i = team.rank; i < n; i += team.size)
-      for (int j = 0; j < n; ++j) inverse[i * width + j] = q[i * width + j];
-    team.sync();
+    if (entering < 0) {
+      FASTCL_ROLLED
+      for (int i = team.rank; i < n; i += team.size)
+        for (int j = 0; j < n; ++j) inverse[i * width + j] = q[i * width + j];
+      team.sync();
+    }
+    FASTCL_ROLLED
     for (int k = 0; k < n; ++k)
-      if (passive[k]) sweep(k, team);
+      if (entering < 0 ? passive[k] != 0 : k == entering) sweep(k, team);
   }
 
   template <class Team>
   FASTCL_HD void minimum(const Team& team) const {
     const int width = row_of(n);
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) s[i] = 0;
     team.sync();
     for (int refinement = 0; refinement < 3; ++refinement) {
+      FASTCL_ROLLED
       for (int i = team.rank; i < n; i += team.size) {
         double sum = p[i];
         for (int j = 0; j < n; ++j) sum += q[i * width + j] * s[j];
         residual[i] = passive[i] ? sum : 0;
       }
       team.sync();
+      FASTCL_ROLLED
       for (int i = team.rank; i < n; i += team.size) {
         if (!passive[i]) continue;
         double sum = 0;
@@ -108,6 +122,7 @@ struct NonnegativeQP {
   template <class Team>
   FASTCL_HD int steepest(const Team& team) const {
     const int width = row_of(n);
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       double gradient = p[i], magnitude = fabs(p[i]);
       for (int j = 0; j < n; ++j) {
@@ -118,6 +133,7 @@ struct NonnegativeQP {
     }
     team.sync();
     int best = -1;
+    FASTCL_ROLLED
     for (int i = 0; i < n; ++i)
       if (residual[i] < (best < 0 ? 0 : residual[best])) best = i;
     team.sync();
@@ -127,13 +143,16 @@ struct NonnegativeQP {
   // Moves from u towards s as far as no passive variable becomes negative, and fixes those that reach 0. False: s is feasible.
   template <class Team>
   FASTCL_HD bool step_back(const Team& team) const {
-    constexpr double far = 2;
-    for (int i = team.rank; i < n; i += team.size) residual[i] = passive[i] && s[i] <= 0 ? u[i] / (u[i] - s[i]) : far;
+    constexpr double far = 2;  // residual: how far each goes before it becomes 0
+    FASTCL_ROLLED
+    for (int i = team.rank; i < n; i += team.size) residual[i] = !(passive[i] && s[i] <= 0) ? far : u[i] > 0 ? u[i] / (u[i] - s[i]) : 0;
     team.sync();
     double shortest = far;
+    FASTCL_ROLLED
     for (int i = 0; i < n; ++i) shortest = fmin(shortest, residual[i]);
     team.sync();
     if (shortest == far) return false;
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       if (!passive[i]) continue;
       const bool leaves = s[i] <= 0 && residual[i] <= shortest;
@@ -141,49 +160,55 @@ struct NonnegativeQP {
       passive[i] = !leaves;
     }
     team.sync();
-    factor(team);
-    minimum(team);
     return true;
   }
 
+  // Each part stands here once, and loops that a GPU team runs through once are not unrolled, so that all of it fits into registers.
   template <class Team>
   FASTCL_HD void solve(const Team& team) const {
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       u[i] = 0;
       passive[i] = 0;
       blocked[i] = 0;
     }
     team.sync();
-    factor(team);
-    for (int step = 0; step < 16 * n + 16; ++step) {
-      const int entering = steepest(team);
-      if (entering < 0) return;
-      bool enters = inverse[entering * row_of(n) + entering] > 16 * n * kRoundoff;
-      if (enters) {
-        if (team.rank == 0) passive[entering] = 1;
-        team.sync();
-        sweep(entering, team);
+    int entering = -1, steps = 16 * n + 16;
+    bool fresh = false;
+    while (true) {
+      factor(fresh ? entering : -1, team);
+      if (entering >= 0) {
         minimum(team);
-        enters = s[entering] > 0;
-        team.sync();
-        if (!enters) {
-          if (team.rank == 0) passive[entering] = 0;
+        if (fresh && !(s[entering] > 0)) {
           team.sync();
-          factor(team);
+          if (team.rank == 0) {
+            passive[entering] = 0;
+            blocked[entering] = 1;
+          }
+          team.sync();
+          entering = -1;
+          fresh = false;
+          continue;
         }
-      }
-      if (!enters) {
-        if (team.rank == 0) blocked[entering] = 1;
+        fresh = false;
+        if (step_back(team)) continue;
+        FASTCL_ROLLED
+        for (int i = team.rank; i < n; i += team.size) {
+          u[i] = s[i];
+          blocked[i] = 0;
+        }
         team.sync();
-        continue;
       }
-      while (step_back(team)) {
+      for (entering = -1; entering < 0;) {
+        if (steps-- == 0) return;
+        entering = steepest(team);
+        if (entering < 0) return;
+        const bool dependent = !(inverse[entering * row_of(n) + entering] > 16 * n * kRoundoff);
+        if (team.rank == 0) (dependent ? blocked : passive)[entering] = 1;
+        team.sync();
+        if (dependent) entering = -1;
       }
-      for (int i = team.rank; i < n; i += team.size) {
-        u[i] = s[i];
-        blocked[i] = 0;
-      }
-      team.sync();
+      fresh = true;
     }
   }
 };
@@ -199,6 +224,7 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
                                 const Team& team) {
   const int width = NonnegativeQP::row_of(k);
   constexpr int kViolated = 1, kNumbers = 2;
+  FASTCL_ROLLED
   for (int i = team.rank; i < k; i += team.size) {
     const double* row = products + i * (k + 1);
     bool numbers = true;
@@ -207,6 +233,7 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
   }
   team.sync();
   bool violated = false, numbers = true;
+  FASTCL_ROLLED
   for (int i = 0; i < k; ++i) {
     violated |= (ints[i] & kViolated) != 0;
     numbers &= (ints[i] & kNumbers) != 0;
@@ -217,12 +244,14 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
       k,    doubles, doubles + k * width, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k, vectors + 5 * k,
       ints, ints + k};
   if (violated && numbers) {
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) {
       const double d = products[i * (k + 1) + i] + ridge;
       qp.scale[i] = d > 0 ? 1 / sqrt(d) : 0;
     }
     team.sync();
     // u = v - margin turns the bound into u >= 0 and the linear term into b + margin Q 1.
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) {
       double sum = 0;
       for (int j = 0; j < k; ++j) {
@@ -234,10 +263,13 @@ FASTCL_HD void gem_coefficients(const double* products, int k, double margin, do
     }
     team.sync();
     qp.solve(team);
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + qp.scale[i] * qp.u[i];
   } else {
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) out[1 + i] = violated ? NAN : 0.0;
   }
+  FASTCL_ROLLED
   for (int i = team.rank; i < k; i += team.size) out[1 + k + i] = products[i * (k + 1) + k];
   if (team.rank == 0) out[0] = violated ? 1 : 0;
 }

@@ -65,6 +65,18 @@ void add_pairwise(double* parts, int64_t count, int64_t width) {
       for (int64_t w = 0; w < width; ++w) parts[p * width + w] += parts[(p + step) * width + w];
 }
 
+// A sum that keeps what each addition rounds away (Neumaier, 1974): many small tensors are many additions, one after the other.
+struct Sum {
+  double value = 0, rest = 0;
+  void add(double x) {
+    const double next = value + x;
+    rest += std::fabs(value) >= std::fabs(x) ? (value - next) + x : (x - next) + value;
+    value = next;
+  }
+  // A rest that is not a number would hide an infinite sum.
+  double total() const { return std::isfinite(value) ? value + rest : value; }
+};
+
 struct Products {
   double dot, square;
 };
@@ -75,7 +87,7 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
   std::vector<double> parts(size_t(sweep.parts()) * 2);
   pool.each(sweep.parts(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      double dot = 0, square = 0;
+      Sum dot, square;
       sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
         double packed[2][kBlock];
         const Dot product = strides != nullptr ? dot_of(DType::f64, DType::f64) : dot_of(at[0].dtype, at[1].dtype);
@@ -88,12 +100,12 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
             x = reinterpret_cast<const char*>(packed[0]);
             y = reinterpret_cast<const char*>(packed[1]);
           }
-          dot += product(x, y, m);
-          if (with_square) square += own(y, y, m);
+          dot.add(product(x, y, m));
+          if (with_square) square.add(own(y, y, m));
         }
       });
-      parts[2 * p] = dot;
-      parts[2 * p + 1] = square;
+      parts[2 * p] = dot.total();
+      parts[2 * p + 1] = square.total();
     }
   });
   if (parts.empty()) return {0, 0};

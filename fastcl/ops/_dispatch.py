@@ -42,7 +42,7 @@ class Refused:
 REFUSED = Refused()
 
 
-def gate(op: str, written: Sequence[Tensor], *args: Any) -> Any:
+def gate(op: str, written: Sequence[Any], *args: Any) -> Any:
     """The result of the compiled implementation of the first tensor's device, or REFUSED, and then nothing was written."""
     if not isinstance(written, (list, tuple)):
         return REFUSED
@@ -53,7 +53,7 @@ def gate(op: str, written: Sequence[Tensor], *args: Any) -> Any:
     return result
 
 
-def gate_reading(op: str, tensors: Sequence[Tensor], *args: Any) -> Any:
+def gate_reading(op: str, tensors: Sequence[Any], *args: Any) -> Any:
     """As :func:`gate`, for an op that writes nothing; the first of ``tensors`` says on which device."""
     if not isinstance(tensors, (list, tuple)) or not tensors:
         return REFUSED

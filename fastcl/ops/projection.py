@@ -47,7 +47,7 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
         TypeError: not a list of dense tensors, or a dtype that is not accepted.
         ValueError: lengths, shapes or devices that do not fit.
     """
-    result = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("grad_dot", a, a, b)
+    result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("grad_dot", a, a, b)
     if result is _dispatch.REFUSED:
         x, y = _paired(("a", a), ("b", b))
         result = torch.ops.fastcl.grad_dot(x, y)
@@ -78,7 +78,7 @@ def project_(grads: Gradients, reference: Gradients) -> ProjectionInfo:
         ValueError: lengths, shapes or devices that do not fit, shared memory, a gradient that requires grad while autograd records, a
             missing gradient whose reference is not missing. Nothing has been written then.
     """
-    values = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("project_", grads, reference)
+    values: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("project_", grads, reference)
     if values is _dispatch.REFUSED:
         g, r = _paired(("grads", grads), ("reference", reference), written=True)
         values = torch.ops.fastcl.project_(g, r)
@@ -102,7 +102,7 @@ def gram(vectors: Sequence[Gradients]) -> Tensor:
         ValueError: no list or too many; lengths, shapes or devices that do not fit.
     """
     _check_count("vectors", vectors, MOST_MEMORIES + 1)
-    result = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", vectors[0], vectors)
+    result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", vectors[0], vectors)
     if result is _dispatch.REFUSED:
         present = _paired(*((f"vectors[{k}]", v) for k, v in enumerate(vectors)))
         result = torch.ops.fastcl.gram([t for v in present for t in v], len(present))
@@ -134,7 +134,7 @@ def gem_project_(grads: Gradients, memories: Sequence[Gradients], margin: float 
             then.
     """
     _check_count("memories", memories, MOST_MEMORIES)
-    values = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("gem_project_", grads, memories, margin, ridge)
+    values: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("gem_project_", grads, memories, margin, ridge)
     if values is _dispatch.REFUSED:
         named = [(f"memories[{k}]", m) for k, m in enumerate(memories)]
         g, *present = _paired(("grads", grads), *named, written=True)
@@ -219,7 +219,8 @@ def _fake_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def _run_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     _check_read(("a", a), ("b", b))
-    return _dispatch.run_reading("grad_dot", _device(a), _plain(a), _plain(b))
+    result: Tensor = _dispatch.run_reading("grad_dot", _device(a), _plain(a), _plain(b))
+    return result
 
 
 def _fake_gram(vectors: Sequence[Tensor], count: int) -> Tensor:
@@ -230,7 +231,8 @@ def _fake_gram(vectors: Sequence[Tensor], count: int) -> Tensor:
 def _run_gram(vectors: Sequence[Tensor], count: int) -> Tensor:
     lists = _split("vectors", vectors, count)
     _check_read(*lists)
-    return _dispatch.run_reading("gram", _device(vectors), [_plain(v) for _, v in lists])
+    result: Tensor = _dispatch.run_reading("gram", _device(vectors), [_plain(v) for _, v in lists])
+    return result
 
 
 def _fake_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
@@ -240,7 +242,8 @@ def _fake_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tenso
 
 def _run_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     _check_written(grads, [("reference", reference)])
-    return _dispatch.run("project_", _device(grads), _plain(grads), _plain(reference))
+    values: Tensor = _dispatch.run("project_", _device(grads), _plain(grads), _plain(reference))
+    return values
 
 
 def _fake_gem(grads: Sequence[Tensor], memories: Sequence[Tensor], count: int, margin: float, ridge: float) -> Tensor:
@@ -254,7 +257,8 @@ def _run_gem(grads: Sequence[Tensor], memories: Sequence[Tensor], count: int, ma
     lists = _split("memories", memories, count)
     _check_written(grads, lists)
     margin, ridge = _checks.at_least_zero("margin", margin), _checks.at_least_zero("ridge", ridge)
-    return _dispatch.run("gem_project_", _device(grads), _plain(grads), [_plain(m) for _, m in lists], margin, ridge)
+    values: Tensor = _dispatch.run("gem_project_", _device(grads), _plain(grads), [_plain(m) for _, m in lists], margin, ridge)
+    return values
 
 
 _dispatch.define("grad_dot", "projection", "(Tensor[] a, Tensor[] b) -> Tensor", implementation=_run_grad_dot, fake=_fake_grad_dot)

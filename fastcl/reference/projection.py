@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
+PART = 4096
 
 
 def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """``sum a_i b_i`` in float64; see :func:`fastcl.ops.grad_dot`."""
-    total = torch.zeros((), dtype=torch.float64, device=a[0].device if a else None)
-    for x, y in zip(a, b, strict=True):
-        total += (x.double() * y.double()).sum()
-    return total
+    if not a:
+        return torch.zeros((), dtype=torch.float64)
+    return _sum(torch.stack([_sum((x.double() * y.double()).flatten()) for x, y in zip(a, b, strict=True)]))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """In parts so small that torch sums each in one thread: the order does not depend on the number of threads."""
+    while x.numel() > PART:
+        x = torch.nn.functional.pad(x, (0, -x.numel() % PART)).view(-1, PART).sum(dim=1)
+    return x.sum()
 
 
 def gram(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
