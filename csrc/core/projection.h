@@ -71,7 +71,6 @@ struct NonnegativeQP {
       for (int j = 0; j < n; ++j) own[j] -= factor * row[j];
       own[k] = -factor * reciprocal;
     }
-    team.sync();
     FASTCL_ROLLED
     for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? reciprocal : row[j];
     team.sync();
@@ -150,7 +149,6 @@ struct NonnegativeQP {
     double shortest = far;
     FASTCL_ROLLED
     for (int i = 0; i < n; ++i) shortest = fmin(shortest, residual[i]);
-    team.sync();
     if (shortest == far) return false;
     FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {

@@ -17,16 +17,20 @@ __device__ T shifted_down(const T& x, int step) {
   return bit_cast<T>(words);
 }
 
-// Thread 0 gets all threads' parts, combined as a tree in each warp and then warp by warp.
+// Thread 0 gets all threads' parts, combined as a tree in each warp and over the warps: a chain would round more often.
 template <int threads, class T>
 __device__ T combine_block(T part) {
-  __shared__ T warps[threads / 32];
+  constexpr int count = threads / 32;
+  static_assert(count <= 32 && (count & (count - 1)) == 0, "one warp combines the warps");
+  __shared__ T warps[count];
   FASTCL_UNROLL
   for (int step = 16; step > 0; step /= 2) part = combine(part, shifted_down(part, step));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < threads / 32; ++w) part = combine(part, warps[w]);
+  if (threadIdx.x >= 32) return part;
+  part = warps[threadIdx.x % count];
+  FASTCL_UNROLL
+  for (int step = count / 2; step > 0; step /= 2) part = combine(part, shifted_down(part, step));
   return part;
 }
 

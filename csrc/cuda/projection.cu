@@ -121,14 +121,20 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   combine_thread(packet, Chunk::find(packet, blockIdx.x, kJointChunk), k, own);
 }
 
+constexpr int64_t kGramShared = (kStageDoubles + kKeptDoubles) * int64_t(sizeof(double));
+
 // Block b leaves its partial matrix at parts[b]; launches after the first add to what is there.
 template <class P>
 __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant__ P packet, double* parts) {
-  __shared__ double rows[kStageDoubles];
+  extern __shared__ double memory[];
+  double *rows = memory, *kept = memory + kStageDoubles;
   const GramShape g = GramShape::of(packet.operands);
   const int thread = int(threadIdx.x);
+  for (int e = thread; e < kKeptDoubles; e += kThreads) kept[e] = 0;
+  __syncthreads();  // a block without a chunk comes to the end at once
   GramTile sum{};
   GramFetch fetched;
+  int chain = 0;
   auto stage = GramStage<P>::first(packet, blockIdx.x);
   if (stage.left()) gram_fetch(packet, g, stage, thread, fetched);
   while (stage.left()) {
@@ -138,35 +144,40 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
     stage.advance(packet, g, gridDim.x);
     if (stage.left()) gram_fetch(packet, g, stage, thread, fetched);  // on its way during the multiplications
     gram_multiply(g, columns, thread, rows, sum);
+    chain += columns / g.groups + 1;
+    if (chain >= kGramChain || !stage.left()) {
+      gram_keep(thread, sum, kept);
+      chain = 0;
+    }
     __syncthreads();
   }
-  gram_keep(thread, sum, rows);
   for (int groups = g.groups; groups > 1; groups = (groups + 1) / 2) {
+    gram_fold(g, groups, (groups + 1) / 2, thread, kept);
     __syncthreads();
-    gram_fold(g, groups, (groups + 1) / 2, thread, rows);
   }
-  __syncthreads();
-  gram_leave(g, thread, rows, packet.base > 0, parts + int64_t(blockIdx.x) * gram_entries(g.lists));
+  gram_leave(g, thread, kept, packet.base > 0, parts + int64_t(blockIdx.x) * gram_entries(g.lists));
 }
 
-constexpr int kFinishEntries = 32;
+constexpr int kFinishEntries = 32, kWarps = kThreads / 32;
 
 // 32 products of the lower triangle: each of eight warps adds up every eighth block's.
 __global__ void __launch_bounds__(kThreads)
     gram_finish_kernel(const double* parts, int64_t blocks, int lists, bool last, double* products) {
-  __shared__ double sums[kThreads / kFinishEntries][kFinishEntries];
+  __shared__ double sums[kWarps][kFinishEntries];
   const int64_t entries = gram_entries(lists);
   const int lane = int(threadIdx.x) % kFinishEntries, warp = int(threadIdx.x) / kFinishEntries;
   const int entry = int(blockIdx.x) * kFinishEntries + lane;
-  double sum = 0;
-  if (entry < entries) {
-#pragma unroll 8
-    for (int64_t b = warp; b < blocks; b += kThreads / kFinishEntries) sum += parts[b * entries + entry];
+  double chains[4] = {};
+  for (int64_t first = warp; first < blocks && entry < entries; first += 4 * kWarps) {
+    FASTCL_UNROLL
+    for (int c = 0; c < 4; ++c)
+      if (first + c * kWarps < blocks) chains[c] += parts[(first + c * kWarps) * entries + entry];
   }
+  double sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || entry >= entries) return;
-  for (int w = 1; w < kThreads / kFinishEntries; ++w) sum += sums[w][lane];
+  for (int w = 1; w < kWarps; ++w) sum += sums[w][lane];
   const TilePlace place = TilePlace::of(entry);
   const int i = gram_place(place.row, lists, last), j = gram_place(place.column, lists, last);
   products[i * lists + j] = sum;
@@ -192,10 +203,8 @@ __global__ void __launch_bounds__(kSolverThreads) solve_kernel(const double* pro
 }
 
 void launch_solver(const char* name, const Stream& stream, const double* products, int k, double margin, double ridge, double* out) {
-  // 69 KB for 64 memories. More than 48 KB has to be asked for; every GPU that this is built for has them.
+  // Up to 70 KB, which every GPU has that this is built for.
   const int64_t bytes = gem_workspace_doubles(k) * int64_t(sizeof(double)) + gem_workspace_ints(k) * int64_t(sizeof(int));
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(solve_kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
   launch_shared(name, stream, 1, kSolverThreads, bytes, solve_kernel, products, k, margin, ridge, out);
 }
 
@@ -230,7 +239,8 @@ int64_t gram_blocks(const List& list) {
 void launch_gram(const char* name, const List& list, bool last, double* parts, int64_t blocks, double* products, const Stream& stream) {
   // All blocks of the first launch write, those without a chunk zeros.
   PacketKernel<double*>{gram_kernel<SmallPacket>, gram_kernel<LargePacket>}.run_blocks(
-      name, stream, list, [&](const List::Launch& part) { return part.base == 0 ? blocks : std::min(blocks, part.chunks); }, parts);
+      name, stream, list, kGramShared, [&](const List::Launch& part) { return part.base == 0 ? blocks : std::min(blocks, part.chunks); },
+      parts);
   const int64_t entries = gram_entries(list.operands());
   launch(name, stream, (entries + kFinishEntries - 1) / kFinishEntries, kThreads, gram_finish_kernel, parts, blocks, list.operands(), last,
          products);

@@ -111,7 +111,7 @@ struct AddScaled {
 
 // float moves in 16 bytes. Vectors of another length for narrower types would give a thread other elements of one operand than of another.
 constexpr int kJointRun = 4;
-constexpr int64_t kJointChunk = 4096;
+constexpr int64_t kJointChunk = 2048;
 constexpr int kMostLists = kMostMemories + 1;
 static_assert(LargePacket::max_words >= kAddress + 2 * kMostLists + kMaxDims * (1 + kMostLists), "any one entry fits");
 
@@ -186,7 +186,7 @@ FASTCL_HD void combine_run(const P& p, int entry, const bool (&valid)[U], const 
 template <class P>
 FASTCL_HD void combine_thread(const P& p, const Chunk& c, int thread, const double* coefficients) {
   if ((c.form & kDimsMask) == 0) {
-    constexpr int V = kJointRun, U = 4;
+    constexpr int V = kJointRun, U = 2;
     const int vectors = c.n / V;
     for (int first = thread; first < vectors; first += U * kThreads) {
       bool valid[U];
@@ -219,7 +219,9 @@ constexpr int kTile = 4;
 constexpr int kSlots = 4;  // of kJointRun columns of one list, per thread and stage
 constexpr int kStageSlots = kSlots * kThreads;
 constexpr int kStageDoubles = kStageSlots * kJointRun + kMostLists;
-static_assert(kThreads * kTile * kTile <= kStageDoubles, "the stage's memory also serves to add up the threads' products");
+constexpr int kKeptDoubles = kThreads * kTile * kTile;
+// After so many columns a thread adds its products to what it keeps in shared memory: a chain of a whole chunk would round too often.
+constexpr int kGramChain = 64;
 // Blocks of all launches together leave at most so many partial matrices. The number does not depend on the GPU, so the bits do not either;
 // with four blocks on each of 108 or 132 multiprocessors the last round of blocks is nearly full.
 constexpr int64_t kGramBlocks = 2048;
@@ -397,23 +399,27 @@ FASTCL_HD void gram_multiply(const GramShape& g, int columns, int thread, const 
   }
 }
 
-// The groups' sums are added in shared memory, half onto half, as memory[product][group][tile].
-FASTCL_HD void gram_keep(int thread, const GramTile& sum, double* memory) {
+// What a thread keeps is its own until all have finished: kept[product][group][tile].
+FASTCL_HD void gram_keep(int thread, GramTile& sum, double* kept) {
   FASTCL_UNROLL
   for (int r = 0; r < kTile; ++r) {
     FASTCL_UNROLL
-    for (int q = 0; q < kTile; ++q) memory[(r * kTile + q) * kThreads + thread] = sum.x[r][q];
+    for (int q = 0; q < kTile; ++q) {
+      kept[(r * kTile + q) * kThreads + thread] += sum.x[r][q];
+      sum.x[r][q] = 0;
+    }
   }
 }
-FASTCL_HD void gram_fold(const GramShape& g, int groups, int half, int thread, double* memory) {
+// Then the groups' sums are added, half onto half.
+FASTCL_HD void gram_fold(const GramShape& g, int groups, int half, int thread, double* kept) {
   const int width = (groups - half) * g.tiles;
   for (int e = thread; e < width * kTile * kTile; e += kThreads) {
-    double* own = memory + e / width * kThreads + e % width;
+    double* own = kept + e / width * kThreads + e % width;
     *own += own[half * g.tiles];
   }
 }
 // Leaves the lower triangle's products, row by row, in part; further launches add to it.
-FASTCL_HD void gram_leave(const GramShape& g, int thread, const double* memory, bool add, double* part) {
+FASTCL_HD void gram_leave(const GramShape& g, int thread, const double* kept, bool add, double* part) {
   for (int e = thread; e < g.tiles * kTile * kTile; e += kThreads) {
     const int product = e / g.tiles, tile = e - product * g.tiles;
     const TilePlace t = TilePlace::of(tile);
@@ -421,7 +427,7 @@ FASTCL_HD void gram_leave(const GramShape& g, int thread, const double* memory, 
     if (i >= g.lists || j >= g.lists || (t.row == t.column && i < j)) continue;
     const int high = i > j ? i : j, low = i > j ? j : i;
     double* own = part + high * (high + 1) / 2 + low;
-    *own = memory[product * kThreads + tile] + (add ? *own : 0);
+    *own = kept[product * kThreads + tile] + (add ? *own : 0);
   }
 }
 

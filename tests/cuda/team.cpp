@@ -44,12 +44,15 @@ struct Threads {
   void sync() const { barrier->wait(); }
 };
 
-// Memories and a gradient of a few elements: with fewer elements than memories some depend linearly on others.
+// Memories and a gradient of a few elements: with fewer elements than memories some depend linearly on others. The memories have much in
+// common, so that variables also leave the active set again.
 std::vector<double> products_of(int k, int elements, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
+  std::vector<double> common;
+  for (int e = 0; e < elements; ++e) common.push_back(normal(random));
   std::vector<std::vector<double>> rows(size_t(k) + 1, std::vector<double>(size_t(elements)));
   for (auto& row : rows)
-    for (double& x : row) x = normal(random);
+    for (size_t e = 0; e < row.size(); ++e) row[e] = normal(random) + (&row == &rows.back() ? -0.3 : 0.3) * common[e];
   std::vector<double> out;
   for (const auto& a : rows)
     for (const auto& b : rows) {
@@ -72,7 +75,7 @@ int main(int, char** argv) {
   const int threads = std::atoi(argv[1]);
   std::mt19937_64 random(3);
   int violated = 0, active = 0;
-  for (int k : {1, 2, 5, 17}) {
+  for (int k : {1, 2, 5, 17, 24}) {
     for (int elements : {k / 2 + 1, 3 * k}) {
       for (double margin : {0.0, 0.5}) {
         const double ridge = margin == 0 ? 0 : 1e-3;
