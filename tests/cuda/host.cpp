@@ -307,6 +307,15 @@ std::vector<LayoutCase> equal_shapes() {
   return out;
 }
 
+double combine(double a, double b) { return a + b; }
+// As a block adds.
+template <class T>
+T add_as_tree(std::vector<T>& parts) {
+  for (size_t step = 1; step < parts.size(); step *= 2)
+    for (size_t p = 0; p + step < parts.size(); p += 2 * step) parts[p] = combine(parts[p], parts[p + step]);
+  return parts[0];
+}
+
 bool same_kind(double a, long double b) { return std::isnan(a) == std::isnan(double(b)) && std::isinf(a) == std::isinf(double(b)); }
 
 template <class P, class A, class B>
@@ -332,10 +341,7 @@ void compare_dots(DType a, DType b) {
         blocks<P>(list, [&](const P& packet, uint32_t block) {
           for (int thread = 0; thread < kThreads; ++thread) parts.push_back(dot_thread<A, B>(packet, block, thread, squares));
         });
-        // A tree, as in a block.
-        for (size_t step = 1; step < parts.size(); step *= 2)
-          for (size_t p = 0; p + step < parts.size(); p += 2 * step) parts[p] = combine(parts[p], parts[p + step]);
-        const Products sum = parts[0];
+        const Products sum = add_as_tree(parts);
         CHECK(squares || sum.square == 0, "%s: an unwanted square", c.name);
         if (special) {
           CHECK(same_kind(sum.dot, dot.sum), "%d %d %s: %g %Lg", int(a), int(b), c.name, sum.dot, dot.sum);
@@ -519,8 +525,9 @@ void compare_gram(int k, const std::vector<LayoutCase>& cases, int64_t most_bloc
     for (int64_t b = 0; b < count; ++b) gram_block(*packet, uint32_t(b), uint32_t(count), parts.data() + b * entries);
   }
   for (int64_t e = 0; e < entries; ++e) {
-    double sum = 0;
-    for (int64_t b = 0; b < most_blocks; ++b) sum += parts[size_t(b * entries + e)];
+    std::vector<double> column;
+    for (int64_t b = 0; b < most_blocks; ++b) column.push_back(parts[size_t(b * entries + e)]);
+    const double sum = add_as_tree(column);
     const Exact& own = exact[size_t(e)];
     if (special)
       CHECK(same_kind(sum, own.sum), "%d lists, entry %lld: %g %Lg", k, (long long)e, sum, own.sum);
