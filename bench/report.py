@@ -59,6 +59,8 @@ def conditions(result: Mapping[str, Any]) -> str:
 
 
 def _limit(target: targets.Target, value: float) -> str:
+    if target.kind == "overhead":
+        return f"<= {value:.0%}".replace("%", " %")
     if target.kind == "memory":
         return "0 %" if value <= targets.MEMORY_RESOLUTION else f"<= {value:.0%}".replace("%", " %")
     return f"{'>=' if target.kind == 'speed' else '<='} {value:g} x"
@@ -70,8 +72,9 @@ def _target_row(o: targets.Outcome) -> list[str]:
         "speed": f"speed, relative to {t.against}",
         "time": f"time, relative to {t.against}",
         "memory": "extra memory, of P",
+        "overhead": "overhead over the step without",
     }[t.kind]
-    shown = "-" if o.value is None else f"{100 * o.value:.2f} %" if t.kind == "memory" else f"{number(o.value)} x"
+    shown = "-" if o.value is None else f"{100 * o.value:.2f} %" if t.kind in ("memory", "overhead") else f"{number(o.value)} x"
     verdict = {"missed": "**missed**", "not measured": f"**not measured** {o.reason}".strip()}.get(o.verdict, o.verdict)
     return [f"`{t.op}`", t.size, t.dtype, what, _limit(t, t.must), _limit(t, t.reach), shown, verdict]
 
@@ -79,7 +82,7 @@ def _target_row(o: targets.Outcome) -> list[str]:
 def targets_table(result: Mapping[str, Any]) -> str:
     """Every target with its value and verdict."""
     head = ("op", "size", "dtype", "fastcl's", "must", "reach for", "measured", "verdict")
-    return table(head, [_target_row(o) for o in targets.evaluate(result["cells"])], text=(0, 1, 2, 3, 7))
+    return table(head, [_target_row(o) for o in targets.evaluate(result["cells"], result["steps"])], text=(0, 1, 2, 3, 7))
 
 
 def cells_table(result: Mapping[str, Any]) -> str:
@@ -105,16 +108,25 @@ def _places(cells: Sequence[str]) -> str:
 
 
 def steps_table(result: Mapping[str, Any]) -> str:
-    """The training step under every mask."""
+    """The training step under every variant of every method."""
     rows = []
     for s in result["steps"]:
-        for name, m in s["masks"].items():
+        for name, m in s["variants"].items():
             o, peak = m["overhead_percent"], m["peak_bytes_over_none"]
             over = "" if name == "none" else f"{o['median']:+.1f} % ({o['low']:+.1f} to {o['high']:+.1f})"
             shown = "-" if peak is None else f"{peak / 2**20:.1f}"
             strong = "**" if name == "fastcl" else ""
-            rows.append([f"{s['model']}, {s['parameters'] / 1e6:.1f} M", name, number(m["median_ms"]), f"{strong}{over}{strong}", shown])
-    return table(("training step", "mask", "ms", "overhead (quartiles)", "peak memory over no mask, MiB"), rows, text=range(2))
+            rows.append(
+                [
+                    f"{s['model']}, {s['parameters'] / 1e6:.1f} M",
+                    s["method"],
+                    name,
+                    number(m["median_ms"]),
+                    f"{strong}{over}{strong}",
+                    shown,
+                ]
+            )
+    return table(("training step", "method", "by", "ms", "overhead (quartiles)", "peak memory over none, MiB"), rows, text=range(3))
 
 
 def claim(result: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """The yardstick: as many bytes as an op must move, and nothing else.
 
 One flat buffer stands for the op's written list and one for its read list. A sweep reads both and writes the first (xor of raw words, so
-that nothing can be skipped and no value can become slow). An op that reads before it sweeps gets a read-only sweep of those bytes first; one that
-writes nothing, only that.
-The two buffers are equally long: where an op mixes dtypes the yardstick moves the same number of bytes, a third of it written.
+that nothing can be skipped and no value can become slow). An op that reads before it sweeps gets a read-only sweep of those bytes first,
+and one that writes nothing gets only that. The two buffers are equally long: where an op mixes dtypes the yardstick moves the same number
+of bytes, a third of the sweep's written.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl.methods import _checkpoint
+from fastcl.methods import _checkpoint, _distributed
 from fastcl.methods._model import Slot, check_unchanged, some, split
 from fastcl.methods._passes import Forward, Loss, sum_gradients, training_passes, zeros_to_sum_into
 from fastcl.ops._checks import STORED, unit_interval
@@ -65,6 +65,10 @@ class SPG:
             spg.end_task(loader, loss_fn)
             spg.save("spg.safetensors")
 
+    Distributed training: pass the DistributedDataParallel module itself as ``model`` (heads: ``model.module.heads``), or a model on which
+    ``fully_shard`` (FSDP2) was called, and call every method on every rank, with as many batches on each. Importance then comes from the
+    gradients that the ranks have averaged, and is sharded as the parameters are.
+
     Args:
         model: the module that holds feature extractor and heads. Every parameter that requires grad and belongs to no head is part of
             the feature extractor. Modules may not be replaced, added or unfrozen afterwards (:meth:`end_task` checks it).
@@ -94,6 +98,7 @@ class SPG:
         if forward is not None and not callable(forward):
             raise TypeError(f"forward must be a function (model, x, head_index) -> logits, got {type(forward).__name__}")
         self._strength = unit_interval("strength", strength)
+        _distributed.prepare(model)
         self._features, self._of_heads = split(model, heads)
         self._slots = (*self._features, *self._of_heads)
         self._model = model
@@ -138,8 +143,8 @@ class SPG:
                 masks.append(mask)
         try:
             ops.soft_mask_(grads, masks, self._strength)
-        except ValueError:
-            # The op has written nothing. Looking for a moved model only now keeps that look out of every step.
+        except (TypeError, ValueError):
+            # The op has written nothing. Looking for a moved or sharded model only now keeps that look out of every step.
             if not self._follow():
                 raise
             self.after_backward()
@@ -174,6 +179,7 @@ class SPG:
                 f"loader is an iterator ({type(loader).__name__}), which can be read only once; end_task reads the data once per head: "
                 "pass a DataLoader or a list of batches"
             )
+        _distributed.prepare(self._model)
         check_unchanged(self._model, self._slots)
         self._follow()
         with training_passes(self._model):
@@ -193,7 +199,7 @@ class SPG:
         def logits_of(x: Any) -> Tensor:
             return self._forward(self._model, x, head)
 
-        return sum_gradients(totals, self._features, loader, logits_of, loss)
+        return sum_gradients(self._model, totals, self._features, loader, logits_of, loss)
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(slot.parameter(), dtype=self._dtype, requires_grad=False) for slot in self._features]
@@ -209,20 +215,28 @@ class SPG:
         return _State(tasks_seen, [*importance, *of_heads], mean)
 
     def _follow(self) -> bool:
-        """Move what is not where its parameter is; whether anything was."""
-        if all(mask.device == slot.parameter().device for slot, mask in zip(self._slots, self._state.masks, strict=True)):
+        """Move what is not where its parameter is, and shard it as its parameter is; whether anything was."""
+        devices = all(mask.device == slot.parameter().device for slot, mask in zip(self._slots, self._state.masks, strict=True))
+        pairs = [(mask, slot.parameter()) for slot, mask in zip(self._features, self._state.masks, strict=False)]
+        if devices and all(_distributed.laid_out(mask, p) for mask, p in pairs):
             return False
-        importance = [mask.to(slot.parameter().device) for slot, mask in zip(self._features, self._state.masks, strict=False)]
+        importance = [_distributed.lay_out(mask, p) for mask, p in pairs]
         self._state = self._new_state(self._state.tasks_seen, importance, self._state.mean.to(importance[0].device))
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the state: ``format``, ``version``, ``tasks_seen`` and ``importance`` (name to tensor, on the tensors' devices)."""
+        """Copies of the state: ``format``, ``version``, ``tasks_seen`` and ``importance`` (name to tensor, on the tensors' devices).
+
+        On a sharded model the importance consists of DTensors, sharded as the parameters are, like FSDP2's own ``state_dict()``.
+        """
         importance = {name: mask.clone() for name, mask in self.importance.items()}
         return {"format": FORMAT, "version": VERSION, "tasks_seen": self.tasks_seen, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of :meth:`state_dict`; the tensors are copied, to the devices and layouts of the parameters.
+        """Take over a state of :meth:`state_dict`; the tensors are copied, to the devices, layouts and shardings of the parameters.
+
+        Whole tensors (the same on every rank) and DTensors of any sharding are accepted, whatever the model's own is. On a sharded model
+        every rank calls it.
 
         Importance of another dtype is accepted and stored as :func:`fastcl.ops.emax_` stores it: a floating ``dtype`` rounds to nearest,
         uint8 rounds up, so that protection never weakens. Values outside [0, 1] and NaN are refused.
@@ -251,16 +265,22 @@ class SPG:
         for slot in self._features:
             _check_importance(slot, given[slot.name])
         importance = self._zeros()
-        ops.emax_(importance, [given[slot.name].detach().to(i.device) for slot, i in zip(self._features, importance, strict=True)])
+        values = [_distributed.lay_out(given[slot.name], i) for slot, i in zip(self._features, importance, strict=True)]
+        failing = _distributed.first_failing(values, _in_unit_interval)
+        if failing is not None:
+            raise ValueError(f"importance[{self._features[failing].name!r}] has values outside [0, 1], or NaN")
+        ops.emax_(importance, values)
         self._state = self._new_state(tasks_seen, importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors: importance by parameter name, format, version, tasks and a checksum in the header.
 
-        The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then still there.
+        On a sharded model every rank calls it; the tensors are gathered, and the first rank writes a file that fits the unsharded model
+        and any sharding of it. The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then
+        still there.
         """
         header = {"format": FORMAT, "version": str(VERSION), "tasks_seen": str(self.tasks_seen)}
-        _checkpoint.write(path, self.importance, header)
+        _distributed.once(self.importance, lambda whole: _checkpoint.write(path, whole, header), str(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the state of a file that :meth:`save` wrote, under the rules of :meth:`load_state_dict`.
@@ -299,5 +319,7 @@ def _check_importance(slot: Slot, value: Any) -> None:
         raise TypeError(f"importance[{slot.name!r}] has dtype {value.dtype}; accepted are {', '.join(map(str, STORED))}")
     if value.shape != shape:
         raise ValueError(f"importance[{slot.name!r}] has shape {tuple(value.shape)}, the parameter has {tuple(shape)}; they must be equal")
-    if value.dtype != torch.uint8 and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"importance[{slot.name!r}] has values outside [0, 1], or NaN")
+
+
+def _in_unit_interval(value: Tensor) -> Tensor:
+    return torch.ones_like(value, dtype=torch.bool) if value.dtype == torch.uint8 else (value >= 0) & (value <= 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -29,6 +29,9 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     if _dispatch.traced() or _dispatch.gate("emax_", importance, new) is _dispatch.REFUSED:
         _checks.listed("importance", importance)
         _checks.listed("new", new)
+        if _sharded.is_sharded(importance, new):
+            _sharded.elementwise(emax_, "importance", importance, "new", new)
+            return
         torch.ops.fastcl.emax_(importance, new)
 
 
@@ -89,6 +92,8 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
         name = f"grads_by_head[{h}]"
         _checks.listed(name, head)
         _checks.same_length(name, head, "accumulated", accumulated)
+    if _sharded.is_sharded(accumulated, *grads_by_head):
+        return _sharded_spg(accumulated, grads_by_head)
     mean: Tensor = torch.ops.fastcl.spg_importance_(accumulated, [g for head in grads_by_head for g in head], len(grads_by_head))
     return mean
 
@@ -136,3 +141,67 @@ _dispatch.define(
     implementation=_run_spg,
     fake=_fake_spg,
 )
+
+
+@_sharded.outside_graphs
+def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The op on shards: moments of what this rank holds, those of all ranks together, and with them this rank's second sweep."""
+    named = [(f"grads_by_head[{h}]", head) for h, head in enumerate(grads_by_head)]
+    mesh = _sharded.mesh_of(("accumulated", accumulated), *named)
+    _checks.not_recorded("accumulated", accumulated)
+    _checks.one_device(("accumulated", accumulated), *named)
+    for name, head in named:
+        _checks.same_shape(name, head, "accumulated", accumulated)
+        _sharded.check_matching(name, head, "accumulated", accumulated, one_element=False)
+    stored = [_dispatch.plain(t) for t in _sharded.local("accumulated", accumulated)]
+    heads = [[_dispatch.plain(t) for t in _sharded.local(name, head)] for name, head in named]
+    _check_spg(stored, [g for head in heads for g in head], len(heads))
+    device = stored[0].device
+    counted = _sharded.counted(accumulated, mesh)
+    moments = _own_moments(stored, heads, counted)
+    if heads:
+        moments = _whole_moments(_sharded.all_gather(moments, mesh))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for counts in (True, False):
+        members = [i for i, t in enumerate(stored) if t.numel() and counted[i] == counts]
+        if members:
+            s, *columns = ([column[i] for i in members] for column in (stored, *heads))
+            mean = _dispatch.run("spg_update_", device, s, columns, [_rows(moments, members)])
+            if counts:
+                total += mean * sum(t.numel() for t in s)
+    _sharded.bump_versions(accumulated)
+    return _sharded.all_reduce_sum(total, mesh) / max(1, sum(t.numel() for t in accumulated))
+
+
+def _rows(moments: Tensor, members: Sequence[int]) -> Tensor:
+    columns = moments.unbind(1)
+    return torch.stack([columns[i] for i in members], 1)
+
+
+def _own_moments(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]], counted: Sequence[bool]) -> Tensor:
+    """[heads, tensors, 4]; a row of zeros where this rank has nothing to count."""
+    none = torch.zeros(len(heads), 4, dtype=torch.float64, device=stored[0].device)
+    members = [i for i, t in enumerate(stored) if t.numel() and counted[i]]
+    columns = [none] * len(stored)
+    if members and heads:
+        s, *h = ([column[i] for i in members] for column in (stored, *heads))
+        rows = _dispatch.run_reading("spg_moments", none.device, s, h)
+        for i, row in zip(members, rows.unbind(1), strict=True):
+            columns[i] = row
+    return torch.stack(columns, 1)
+
+
+def _whole_moments(parts: Tensor) -> Tensor:
+    """From the moments of every rank's part, [ranks, heads, tensors, 4], those of the whole tensors.
+
+    They are relative to the first part's shift, as every part's are to its own: large means cancel before anything is squared.
+    """
+    shift, count, mean, m2 = parts.unbind(-1)
+    there = count > 0
+    first = there & (there.cumsum(0) == 1)
+    base = shift.where(first, 0).sum(0)
+    off = ((shift - base) + mean).where(there, 0)
+    elements = count.sum(0)
+    rest = (count * off).sum(0) / elements.clamp(min=1)
+    squares = (m2 + count * (off - rest) ** 2).where(there, 0).sum(0)
+    return torch.stack([base, elements, rest, squares], -1)

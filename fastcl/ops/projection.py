@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded, _sharded_projection
 
 MOST_MEMORIES = 64
 Gradients = Sequence[Tensor | None]
@@ -50,6 +50,8 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("grad_dot", a, a, b)
     if result is _dispatch.REFUSED:
         x, y = _paired(("a", a), ("b", b))
+        if _sharded.is_sharded(x, y):
+            return _sharded_projection.gram(("a", x), ("b", y))[0, 1]
         result = torch.ops.fastcl.grad_dot(x, y)
     total: Tensor = result
     return total
@@ -81,7 +83,8 @@ def project_(grads: Gradients, reference: Gradients) -> ProjectionInfo:
     values: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("project_", grads, reference)
     if values is _dispatch.REFUSED:
         g, r = _paired(("grads", grads), ("reference", reference), written=True)
-        values = torch.ops.fastcl.project_(g, r)
+        sharded = _sharded.is_sharded(g, r)
+        values = _sharded_projection.project_(g, r, _check_written) if sharded else torch.ops.fastcl.project_(g, r)
     dot, square, coefficient = values.unbind()
     return ProjectionInfo(dot, square, coefficient != 0)
 
@@ -105,6 +108,8 @@ def gram(vectors: Sequence[Gradients]) -> Tensor:
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", vectors[0], vectors)
     if result is _dispatch.REFUSED:
         present = _paired(*((f"vectors[{k}]", v) for k, v in enumerate(vectors)))
+        if _sharded.is_sharded(*present):
+            return _sharded_projection.gram(*((f"vectors[{k}]", v) for k, v in enumerate(present)))
         result = torch.ops.fastcl.gram([t for v in present for t in v], len(present))
     products: Tensor = result
     return products
@@ -139,7 +144,11 @@ def gem_project_(grads: Gradients, memories: Sequence[Gradients], margin: float 
         named = [(f"memories[{k}]", m) for k, m in enumerate(memories)]
         g, *present = _paired(("grads", grads), *named, written=True)
         margin, ridge = _checks.at_least_zero("margin", margin), _checks.at_least_zero("ridge", ridge)
-        values = torch.ops.fastcl.gem_project_(g, [t for m in present for t in m], len(present), margin, ridge)
+        if _sharded.is_sharded(g, *present):
+            lists = [(f"memories[{k}]", m) for k, m in enumerate(present)]
+            values = _sharded_projection.gem_project_(g, lists, margin, ridge, _check_written)
+        else:
+            values = torch.ops.fastcl.gem_project_(g, [t for m in present for t in m], len(present), margin, ridge)
     violated, coefficients, dots = values.split([1, len(memories), len(memories)])
     return GemInfo(coefficients, dots, violated[0] != 0)
 
@@ -173,7 +182,7 @@ def _paired(first: tuple[str, Gradients], *others: tuple[str, Gradients], writte
                 "memory to be written to; pass zeros there, or use the function that takes params"
             )
         like: Any = row[present]
-        rows.append([torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape) if t is None else t for t in row])
+        rows.append([_sharded.zeros_like(like) if t is None else t for t in row])
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in named]
 
 

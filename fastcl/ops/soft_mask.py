@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded
 
 
 def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float = 1.0) -> None:
@@ -34,6 +34,9 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
     if _dispatch.traced() or _dispatch.gate("soft_mask_", grads, importance, strength) is _dispatch.REFUSED:
         _checks.listed("grads", grads)
         _checks.listed("importance", importance)
+        if _sharded.is_sharded(grads, importance):
+            _sharded.elementwise(lambda g, i: soft_mask_(g, i, strength), "grads", grads, "importance", importance)
+            return
         torch.ops.fastcl.soft_mask_(grads, importance, _checks.unit_interval("strength", strength))
 
 

@@ -37,10 +37,15 @@ def gram(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
 def project_(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
     """``g <- g - (g.r)/(r.r) r`` if ``g.r < 0``; returns ``[g.r, r.r, coefficient]``; see :func:`fastcl.ops.project_`."""
     dot, square = grad_dot(grads, reference), grad_dot(reference, reference)
-    allowed = (dot >= 0) & (square < torch.inf)
-    coefficient = torch.where(allowed, torch.zeros_like(dot), -dot / square)
+    coefficient = project_coefficient(dot, square)
     combine_(grads, [reference], coefficient[None])
     return torch.stack([dot, square, coefficient])
+
+
+def project_coefficient(dot: Tensor, square: Tensor) -> Tensor:
+    """What is added of the reference: ``-(g.r)/(r.r)`` if ``g.r < 0``, else 0."""
+    allowed = (dot >= 0) & (square < torch.inf)
+    return torch.where(allowed, torch.zeros_like(dot), -dot / square)
 
 
 def gem_project_(grads: Sequence[Tensor], memories: Sequence[Sequence[Tensor]], margin: float, ridge: float) -> Tensor:

@@ -110,6 +110,8 @@ def test_the_programme_is_solved(count: int, spread: float, margin: float, ridge
 def test_products_that_are_no_numbers_give_no_coefficients(value: float) -> None:
     for row in range(3):
         for column in range(4):
+            if row == column and value == -math.inf:
+                continue  # no sum of squares
             products = np.eye(4)
             products[row, column] = products[column, row] = value
             violated, *rest = native.gem_coefficients(products, 0.5, 1e-3)
