@@ -223,8 +223,8 @@ constexpr int kKeptDoubles = kThreads * kTile * kTile;
 // After so many columns a thread adds its products to what it keeps in shared memory: a chain of a whole chunk would round too often.
 constexpr int kGramChain = 64;
 // Blocks of all launches together leave at most so many partial matrices. The number does not depend on the GPU, so the bits do not either;
-// with four blocks on each of 108 or 132 multiprocessors the last round of blocks is nearly full.
-constexpr int64_t kGramBlocks = 2048;
+// with two blocks on each of 108 or 132 multiprocessors the last round of blocks is nearly full.
+constexpr int64_t kGramBlocks = 1024;
 
 constexpr FASTCL_HD int64_t gram_entries(int64_t lists) { return lists * (lists + 1) / 2; }
 
