@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "bind/gated.h"
+#include "bind/gated_projection.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cuda/ops.h"
@@ -40,6 +41,18 @@ class Cuda {
   void emax_(const Views& importance, const Views& fresh) { cuda::emax_(importance, fresh, stream_); }
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
     cuda::spg_importance_(accumulated, grads_by_head, mean, workspace(), stream_);
+  }
+  void grad_dot(const Views& a, const Views& b, double* out) { cuda::grad_dot(a, b, out, workspace(), stream_); }
+  void gram(const std::vector<Views>& vectors, double* out) { cuda::gram(vectors, out, workspace(), stream_); }
+  void project_(const Views& grads, const Views& reference, double* out) { cuda::project_(grads, reference, out, workspace(), stream_); }
+  void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out) {
+    cuda::gem_project_(grads, memories, margin, ridge, out, workspace(), stream_);
+  }
+  void gem_coefficients(const double* products, int k, double margin, double ridge, double* out) {
+    cuda::gem_coefficients(products, k, margin, ridge, out, stream_);
+  }
+  void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
+    cuda::combine_(grads, memories, coefficients, stream_);
   }
   void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows) {
     cuda::spg_moments(accumulated, grads_by_head, rows, workspace(), stream_);
@@ -102,6 +115,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("soft_mask_", &Gated<Cuda>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cuda>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   define_spg<Cuda>(m);
+  define_projection<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

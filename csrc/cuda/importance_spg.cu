@@ -4,6 +4,7 @@
 #include <map>
 
 #include "core/dtypes.h"
+#include "cuda/block.cuh"
 #include "cuda/multi_tensor.cuh"
 #include "cuda/ops.h"
 
@@ -17,26 +18,6 @@ struct Range {
   int64_t first, count;
 };
 static_assert(sizeof(Range) == 2 * sizeof(double), "the workspace counts in doubles");
-
-FASTCL_HD double combine(double a, double b) { return a + b; }
-
-__device__ double shifted_down(double x, int step) { return __shfl_down_sync(0xffffffffu, x, step); }
-__device__ Moments shifted_down(const Moments& m, int step) {
-  return {shifted_down(m.count, step), shifted_down(m.mean, step), shifted_down(m.m2, step)};
-}
-
-// Thread 0 gets all threads' parts, combined as a tree in each warp and then warp by warp.
-template <int threads, class T>
-__device__ T combine_block(T part) {
-  __shared__ T warps[threads / 32];
-  FASTCL_UNROLL
-  for (int step = 16; step > 0; step /= 2) part = combine(part, shifted_down(part, step));
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < threads / 32; ++w) part = combine(part, warps[w]);
-  return part;
-}
 
 // An item is one head's gradient of one tensor. Its chunks are counted, like the items, over the launches of all dtypes.
 template <class G, class P>
