@@ -63,7 +63,7 @@ def rank_main(rank, folder, how):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        kinds = [Replay] if how == "fsdp" else KINDS
+        kinds = KINDS
         torch.save([gradients(kind, how, slice(rank, None, 2)) for kind in kinds], f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
