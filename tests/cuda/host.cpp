@@ -51,11 +51,13 @@ struct Tensor {
 
 std::mt19937_64 random_bits(7);
 
-// Random importance-like or gradient-like values in the memory's every element, with NaN, infinities, zeros and ones among them.
+// Random importance-like or gradient-like values in the memory's every element, with NaN, infinities, zeros and ones among them; NaN behind
+// the end.
 Tensor make(DType dtype, std::vector<int64_t> shape, std::vector<int64_t> strides, int64_t offset, bool special) {
   int64_t last = offset;
   for (size_t d = 0; d < shape.size(); ++d) last += (std::max<int64_t>(shape[d], 1) - 1) * strides[d];
-  Tensor t{std::move(shape), std::move(strides), dtype, offset, std::vector<uint64_t>(size_t((last + 1) * size_of(dtype) + 7) / 8 + 1)};
+  Tensor t{std::move(shape), std::move(strides), dtype, offset,
+           std::vector<uint64_t>(size_t((last + 1) * size_of(dtype) + 7) / 8 + 4, ~uint64_t(0))};
   std::normal_distribution<double> normal;
   const double specials[] = {NAN, INFINITY, -INFINITY, 0, -0.0, 1, 1e-40, 65504};
   with_stored(dtype, [&](auto type) {
