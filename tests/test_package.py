@@ -130,7 +130,8 @@ def syncs(source: str, file: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SYNCS:
             found.append(f"{file}:{node.lineno} .{node.func.attr}()")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CASTS and node.args:
-            constant = "knobs" in ast.unparse(node.args[0])  # a setting of Triton, read at import
+            # A number's name, or a setting of Triton that is read at import.
+            constant = isinstance(node.args[0], ast.Constant) or "knobs" in ast.unparse(node.args[0])
             if (file, node.func.id) not in PYTHON_NUMBERS and not constant:
                 found.append(f"{file}:{node.lineno} {node.func.id}()")
         if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
