@@ -315,6 +315,12 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
     assert isinstance(C.yardstick_read([base(), odd]), str)
 
 
+def test_gradients_that_nothing_opposes_are_not_written() -> None:
+    g = read_only_file()  # a write would end the process
+    assert not ops.project_([g], [base()]).violated
+    assert not ops.gem_project_([g], [[base()], [base()]]).violated
+
+
 def test_what_the_projections_gate_refuses() -> None:
     a, b, coefficients = base(), base() + 1, torch.ones(1, dtype=torch.float64)
     before = raw(a)
