@@ -1,6 +1,6 @@
 # Every target works in a fresh clone: it makes .venv, installs what it needs and builds fastcl first. Needs Python >= 3.10 and g++.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench gpu lint format wheel wheel-check clean
+.PHONY: help demo test test-all bench methods gpu lint format wheel wheel-check clean
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -12,6 +12,7 @@ help:
 	@echo "make test        build, and run the tests"
 	@echo "make test-all    the slow ones too"
 	@echo "make bench       time the ops on this CPU; rewrites bench/results and README's tables"
+	@echo "make methods     train every method on two streams (minutes); rewrites the README's table of methods"
 	@echo "make gpu         on a machine with an NVIDIA GPU: build, test, sanitize and time, without a venv"
 	@echo "make lint        ruff, mypy, clang-format     make format   apply them"
 	@echo "make wheel       a wheel in dist/             make wheel-check   try it under several torch versions (gigabytes)"
@@ -37,13 +38,17 @@ test: $(VENV)/.built
 	@echo "== tests"
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	@echo "== the same op tests on the Triton kernels, in Triton's interpreter"
-	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_soft_mask.py tests/test_importance.py
+	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_soft_mask.py tests/test_importance.py tests/test_projection.py
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/compare.py --require-green
+	$(BIN)/python bench/report.py
+
+methods: $(VENV)/.built
+	$(BIN)/python bench/methods.py --require-green
 	$(BIN)/python bench/report.py
 
 gpu:

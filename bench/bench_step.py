@@ -1,7 +1,9 @@
-"""A whole training step with and without SPG's masking: what a user of the method waits for.
+"""A whole training step with and without a method's work on the gradients: what a user of the method waits for.
 
-Forward, backward, mask, SGD step on random images. The parameters are put back between steps, outside the timed region, so that every step
-does the same work and no gradient shrinks into subnormal numbers.
+SPG's mask: forward, backward, mask, SGD step on random images. A-GEM: the same with a second forward and backward on a memory batch of the
+same size, whose gradients are captured and projected against; the step without is the one with both backward passes and no projection.
+The parameters are put back between steps, outside the timed region, so that every step does the same work and no gradient shrinks into
+subnormal numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import fastcl
 from bench import measure
 from fastcl.testing import CASES, importances
 
-MASKS = ("none", "official", "eager", "foreach", "compile", "fastcl")
+METHODS = {"SPG's mask": "soft_mask_", "A-GEM's projection": "project_"}  # and the case whose providers do its work
+VARIANTS = ("none", "official", "eager", "foreach", "compile", "fastcl")
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
@@ -62,45 +65,59 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 class Step:
-    """One model's training step under every mask."""
+    """One model's training step under every variant of a method."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, device: str, method: str = "SPG's mask") -> None:
         torch.manual_seed(0)
         built, images = MODELS[model]()
+        self.method = method
         self.model, self.images = built.to(device), images.to(device)
         self.labels = torch.randint(0, 10, (len(images),), device=device)
+        self.memory_labels = torch.randint(0, 10, (len(images),), device=device)
         self.params = list(self.model.parameters())
         self.start = [p.detach().clone() for p in self.params]
         self.importance = importances([p.shape for p in self.params], torch.float32, device, 0)
         self.optimizer = torch.optim.SGD(self.params, lr=0.01)
-        case = CASES["soft_mask_"]
+        case = CASES[METHODS[method]]
         torch._dynamo.reset()
-        self.masks = {name: case.provider(name) for name in MASKS if name not in ("none", "fastcl")}
+        self.rivals = {name: case.provider(name) for name in VARIANTS if name not in ("none", "fastcl")}
 
     def reset(self) -> None:
         """The starting parameters."""
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.start)
 
-    def mask(self, name: str) -> None:
-        """Apply SPG's mask through one provider."""
+    def change(self, name: str) -> None:
+        """Mask or project the gradients through one provider."""
+        if self.method == "SPG's mask":
+            if name == "fastcl":
+                fastcl.mask_gradients_(self.params, self.importance)
+            elif name != "none":
+                self.rivals[name]([p.grad for p in self.params], self.importance, 1.0)
+            return
+        with fastcl.capture_gradients(self.params) as reference:
+            self.loss(self.memory_labels).backward()
         if name == "fastcl":
-            fastcl.mask_gradients_(self.params, self.importance)
+            fastcl.project_gradients_(self.params, reference)
         elif name != "none":
-            self.masks[name]([p.grad for p in self.params], self.importance, 1.0)
+            self.rivals[name]([p.grad for p in self.params], reference)
+
+    def loss(self, labels: Tensor) -> Tensor:
+        """Of one batch."""
+        return functional.cross_entropy(self.model(self.images), labels)
 
     def step(self, name: str) -> None:
         """One training step."""
         self.optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(self.model(self.images), self.labels).backward()
-        self.mask(name)
+        self.loss(self.labels).backward()
+        self.change(name)
         self.optimizer.step()
 
 
-def measure_step(model: str, device: str, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
-    """Times and overhead of every mask; the overhead is the median over rounds of (with - without), over the median step without."""
-    work = Step(model, device)
-    calls: dict[str, measure.Call] = {name: (lambda name=name: work.step(name)) for name in MASKS}
+def measure_step(model: str, method: str, device: str, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
+    """Times and overhead of every variant; the overhead is the median over rounds of (with - without), over the median step without."""
+    work = Step(model, device, method)
+    calls: dict[str, measure.Call] = {name: (lambda name=name: work.step(name)) for name in VARIANTS}
     times = measure.interleave(calls, work.reset, measure.clock(device), seconds=seconds, rounds=rounds)
     bare = statistics.median(measure.flat(times["none"]))
     rows: dict[str, Any] = {}
@@ -114,13 +131,20 @@ def measure_step(model: str, device: str, seconds: float, rounds: tuple[int, int
             "overhead_percent": {"median": spread.median / bare / 10, "low": spread.low / bare / 10, "high": spread.high / bare / 10},
             "peak_bytes_over_none": None if peak is None or without is None else max(0, peak - without),
         }
-    return {"model": model, "parameters": sum(p.numel() for p in work.params), "rounds": len(times["none"]), "masks": rows}
+    return {
+        "model": model,
+        "method": method,
+        "parameters": sum(p.numel() for p in work.params),
+        "rounds": len(times["none"]),
+        "variants": rows,
+    }
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
-def test_step(benchmark: Any, model: str, mask: str) -> None:
-    """For pytest-benchmark: one row per mask, grouped by model."""
-    work = Step(model, "cpu")
-    benchmark.group = f"training step, {model}"
-    benchmark.pedantic(work.step, args=(mask,), setup=work.reset, rounds=10, warmup_rounds=1)
+def test_step(benchmark: Any, model: str, method: str, variant: str) -> None:
+    """For pytest-benchmark: one row per variant, grouped by model and method."""
+    work = Step(model, "cpu", method)
+    benchmark.group = f"training step, {model}, {method}"
+    benchmark.pedantic(work.step, args=(variant,), setup=work.reset, rounds=10, warmup_rounds=1)

@@ -30,7 +30,7 @@ from bench.cells import DTYPES, SMALL, Cell, Workload, cells, providers
 from fastcl.testing import CASES, SIZES, elements
 
 RESULTS = machine.ROOT / "bench" / "results"
-TESTS = ("tests/test_soft_mask.py", "tests/test_importance.py")
+TESTS = ("tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py")
 SLOW_MS = 500.0  # a call that takes longer has its memory measured once
 STEP_ROUNDS = (15, 400)  # an overhead of a few percent is a small difference of two large times
 QUICK = {"sizes": ("400x64", "1x2^20"), "dtypes": ("fp32", "fp32+uint8")}
@@ -141,16 +141,16 @@ def run(
     chosen: Sequence[Cell], device: str, seconds: float, rounds: tuple[int, int], step: bool, everything: bool = False
 ) -> dict[str, Any]:
     """Measure the cells, and the training step, with a progress bar."""
-    models = list(bench_step.MODELS) if step else []
-    with _progress(len(chosen) + len(models)) as doing:
+    pairs = list(itertools.product(bench_step.MODELS, bench_step.METHODS)) if step else []
+    with _progress(len(chosen) + len(pairs)) as doing:
         records = []
         for cell in chosen:
             with doing(str(cell)):
                 records.append(run_cell(cell, device, seconds, rounds, everything))
         steps = []
-        for model in models:
-            with doing(f"training step, {model}"):
-                steps.append(bench_step.measure_step(model, device, 4 * seconds, STEP_ROUNDS))
+        for model, method in pairs:
+            with doing(f"training step, {model}, {method}"):
+                steps.append(bench_step.measure_step(model, method, device, 4 * seconds, STEP_ROUNDS))
     return {
         "format": 1,
         "machine": machine.facts(device),
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.section(result, pictures=False))
     if folder is not None:
         print(f"written: {write(result, folder).name} and .csv")
-    missed = sum(o.verdict == "missed" for o in targets.evaluate(result["cells"])) if args.device == "cpu" else 0
+    missed = sum(o.verdict == "missed" for o in targets.evaluate(result["cells"], result["steps"])) if args.device == "cpu" else 0
     if missed:
         print(f"bench: {missed} target{'s' * (missed > 1)} missed", file=sys.stderr)
     return 0

@@ -1,7 +1,8 @@
 """Write the README's benchmark sections and the plots from bench/results/*.json; no number is typed by hand.
 
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
-``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes.
+``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:methods`` is made of
+bench/results/methods.json, from ``python -m bench.methods``.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
 
@@ -10,37 +11,26 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import machine, targets
+from bench import machine, methods_report, targets
 from bench.cells import ORDER
+from bench.tables import number, table
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
 DEMO = machine.ROOT / "docs" / "demo"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
+NOTHING: dict[str, Any] = {"streams": []}
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
-
-
-def number(value: float) -> str:
-    """Three significant digits, at most five decimals, never in scientific notation."""
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{min(5, max(0, digits))}f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Container[int]) -> str:
-    """A Markdown table; the columns in ``text`` are aligned left, the others right."""
-    rule = ["---" if n in text else "---:" for n in range(len(head))]
-    return "\n".join("| " + " | ".join(r) + " |" for r in (list(head), rule, *map(list, rows)))
 
 
 def conditions(result: Mapping[str, Any]) -> str:
@@ -59,6 +49,8 @@ def conditions(result: Mapping[str, Any]) -> str:
 
 
 def _limit(target: targets.Target, value: float) -> str:
+    if target.kind == "overhead":
+        return f"<= {value:.0%}".replace("%", " %")
     if target.kind == "memory":
         return "0 %" if value <= targets.MEMORY_RESOLUTION else f"<= {value:.0%}".replace("%", " %")
     return f"{'>=' if target.kind == 'speed' else '<='} {value:g} x"
@@ -70,8 +62,9 @@ def _target_row(o: targets.Outcome) -> list[str]:
         "speed": f"speed, relative to {t.against}",
         "time": f"time, relative to {t.against}",
         "memory": "extra memory, of P",
+        "overhead": "overhead over the step without",
     }[t.kind]
-    shown = "-" if o.value is None else f"{100 * o.value:.2f} %" if t.kind == "memory" else f"{number(o.value)} x"
+    shown = "-" if o.value is None else f"{100 * o.value:.2f} %" if t.kind in ("memory", "overhead") else f"{number(o.value)} x"
     verdict = {"missed": "**missed**", "not measured": f"**not measured** {o.reason}".strip()}.get(o.verdict, o.verdict)
     return [f"`{t.op}`", t.size, t.dtype, what, _limit(t, t.must), _limit(t, t.reach), shown, verdict]
 
@@ -79,7 +72,7 @@ def _target_row(o: targets.Outcome) -> list[str]:
 def targets_table(result: Mapping[str, Any]) -> str:
     """Every target with its value and verdict."""
     head = ("op", "size", "dtype", "fastcl's", "must", "reach for", "measured", "verdict")
-    return table(head, [_target_row(o) for o in targets.evaluate(result["cells"])], text=(0, 1, 2, 3, 7))
+    return table(head, [_target_row(o) for o in targets.evaluate(result["cells"], result["steps"])], text=(0, 1, 2, 3, 7))
 
 
 def cells_table(result: Mapping[str, Any]) -> str:
@@ -105,16 +98,25 @@ def _places(cells: Sequence[str]) -> str:
 
 
 def steps_table(result: Mapping[str, Any]) -> str:
-    """The training step under every mask."""
+    """The training step under every variant of every method."""
     rows = []
     for s in result["steps"]:
-        for name, m in s["masks"].items():
+        for name, m in s["variants"].items():
             o, peak = m["overhead_percent"], m["peak_bytes_over_none"]
             over = "" if name == "none" else f"{o['median']:+.1f} % ({o['low']:+.1f} to {o['high']:+.1f})"
             shown = "-" if peak is None else f"{peak / 2**20:.1f}"
             strong = "**" if name == "fastcl" else ""
-            rows.append([f"{s['model']}, {s['parameters'] / 1e6:.1f} M", name, number(m["median_ms"]), f"{strong}{over}{strong}", shown])
-    return table(("training step", "mask", "ms", "overhead (quartiles)", "peak memory over no mask, MiB"), rows, text=range(2))
+            rows.append(
+                [
+                    f"{s['model']}, {s['parameters'] / 1e6:.1f} M",
+                    s["method"],
+                    name,
+                    number(m["median_ms"]),
+                    f"{strong}{over}{strong}",
+                    shown,
+                ]
+            )
+    return table(("training step", "method", "by", "ms", "overhead (quartiles)", "peak memory over none, MiB"), rows, text=range(3))
 
 
 def claim(result: Mapping[str, Any]) -> str:
@@ -170,11 +172,17 @@ def demo(folder: Path = DEMO) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """All results by device name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    """All results of ops by device name."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
 
 
-def sections(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def load_methods(folder: Path) -> dict[str, Any] | None:
+    """The result of the methods, if there is one."""
+    path = folder / methods_report.FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def sections(results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The text for every marker; what has no result says so."""
     gpus = [r for name, r in results.items() if name != "cpu"]
     return {
@@ -182,6 +190,7 @@ def sections(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "cpu": section(results["cpu"]) if "cpu" in results else NONE,
         "gpu": "\n\n".join(section(r) for r in gpus) if gpus else NONE,
         "demo": demo(),
+        "methods": methods_report.section(trained) if trained else NONE,
     }
 
 
@@ -200,10 +209,10 @@ def replace(text: str, name: str, body: str) -> tuple[str, bool]:
     return pattern.sub(lambda _: f"{opening}\n{body}\n{closing}", text), True
 
 
-def updated(text: str, results: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
+def updated(text: str, results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any] | None = None) -> tuple[str, list[str]]:
     """The README's new text, and the names of the sections that it has no markers for."""
     absent = []
-    for name, body in sections(results).items():
+    for name, body in sections(results, trained).items():
         text, found = replace(text, name, body)
         if not found:
             absent.append(name)
@@ -217,14 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--readme", type=Path, default=README)
     p.add_argument("--results", type=Path, default=RESULTS)
     args = p.parse_args(argv)
-    results, before = load(args.results), args.readme.read_text()
-    after, absent = updated(before, results)
+    results, trained, before = load(args.results), load_methods(args.results), args.readme.read_text()
+    after, absent = updated(before, results, trained)
     for name in sorted(set(absent) & REQUIRED):
         print(f"bench: {args.readme.name} has no section <!-- bench:{name} -->", file=sys.stderr)
     from bench import plots
 
     if args.check:
-        missing = [file for r in results.values() for file, _ in plots.captions(r) if not (args.results / file).is_file()]
+        files = [file for r in results.values() for file, _ in plots.captions(r)] + [
+            file for file, _ in methods_report.pictures(trained or NOTHING)
+        ]
+        missing = [file for file in files if not (args.results / file).is_file()]
         stale = [f"{args.readme.name} does not say what the results say"] if after != before else []
         stale += [f"missing: {', '.join(missing)}"] if missing else []
         if stale:
@@ -232,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if stale or set(absent) & REQUIRED else 0
     for r in results.values():
         plots.draw(r, args.results)
+    methods_report.draw(trained or NOTHING, args.results)
     args.readme.write_text(after)
     return 0
 

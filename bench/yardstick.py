@@ -1,8 +1,9 @@
 """The yardstick: as many bytes as an op must move, and nothing else.
 
 One flat buffer stands for the op's written list and one for its read list. A sweep reads both and writes the first (xor of raw words, so
-that nothing can be skipped and no value can become slow). An op that reads its gradients before it sweeps gets a read-only sweep first.
-The two buffers are equally long: where an op mixes dtypes the yardstick moves the same number of bytes, a third of it written.
+that nothing can be skipped and no value can become slow). An op that reads before it sweeps gets a read-only sweep of those bytes first,
+and one that writes nothing gets only that. The two buffers are equally long: where an op mixes dtypes the yardstick moves the same number
+of bytes, a third of the sweep's written.
 """
 
 from __future__ import annotations
@@ -34,11 +35,10 @@ class Traffic:
 
 
 def traffic(case: OpCase, elements: int, dtype: torch.dtype, stored: torch.dtype) -> Traffic:
-    """The fewest bytes of one call; SPG's importance needs its gradients' statistics before it can write."""
-    gradient = dtype.itemsize
-    total = case.bytes_per_element(gradient, stored.itemsize) * elements
-    read = gradient * elements if case.name == "spg_importance_" else 0
-    return Traffic(read, total - read)
+    """The fewest bytes of one call."""
+    sizes = dtype.itemsize, stored.itemsize
+    read = case.read_first(*sizes) * elements
+    return Traffic(read, case.bytes_per_element(*sizes) * elements - read)
 
 
 def _words(size: int, device: str) -> Tensor:
@@ -67,12 +67,14 @@ def build(amount: Traffic, device: str) -> Callable[[], object]:
     def compiled() -> None:
         if read_bytes is not None:
             module.yardstick_read(read_bytes)
-        module.yardstick_(bytes_written, bytes_other)
+        if amount.sweep:
+            module.yardstick_(bytes_written, bytes_other)
 
     def plain() -> None:
         if read is not None:
             read.amax()
-        written.bitwise_xor_(other)
+        if amount.sweep:
+            written.bitwise_xor_(other)
 
     if module is None:
         return plain

@@ -25,6 +25,8 @@ ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 NATIVE = {"cpp": "_C", "cuda": "_C_cuda"}
 # One row per op: the family (file stem) that holds it. fastcl.ops registers the rows.
 FAMILIES: dict[str, str] = {}
+# Parts of ops, which lists sharded over processes need one by one.
+STAGES = {"spg_moments": "importance", "spg_update_": "importance", "gem_coefficients": "projection", "combine_": "projection"}
 
 
 class BackendUnavailable(RuntimeError):
@@ -106,7 +108,7 @@ def _function(op: str, backend: str) -> Callable[..., Any]:
     if backend in NATIVE:
         return functools.partial(_call_native, op, getattr(_native.module(NATIVE[backend]), op))
     package = "fastcl.reference" if backend == "reference" else "fastcl.kernels"
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{FAMILIES[op]}"), op)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{FAMILIES.get(op) or STAGES[op]}"), op)
     return function
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl.ops import GemInfo, ProjectionInfo
+from fastcl.ops import GemInfo, ProjectionInfo, _sharded
 
 Params = nn.Module | Iterable[Tensor]
 Importance = Mapping[str, Tensor] | Sequence[Tensor]
@@ -161,16 +161,21 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
 
     Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
     parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
-    list stays empty. Gradients that are views into a larger buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``)
-    are copied first, since the block's backward would overwrite them.
+    list stays empty. Gradients that are views into a buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``) are copied,
+    since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
+
+    Under ``fully_shard`` (FSDP2) the gradients are DTensors, under DistributedDataParallel the averages over the ranks; the block's forward
+    pass has to go through the wrapped model.
 
     Args:
-        params: a Module or an iterable of parameters.
+        params: a Module or an iterable of parameters (of an FSDP2 model as they are before a forward pass or after a backward).
 
     Raises:
         TypeError: ``params`` is a tensor or holds something else.
         RuntimeError: the block's backward wrote into the memory of the parameters' own gradients.
     """
+    if isinstance(params, nn.Module):
+        _sharded.reshard(params)
     listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
     own = [_kept(p.grad) for p in listed]
     captured: list[Tensor | None] = []
@@ -188,11 +193,12 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
                 f"the backward pass wrote over the gradient of params[{n}], which lies in a buffer that is used again; with "
                 "DistributedDataParallel set gradient_as_bucket_view=False"
             )
-    captured.extend(found)
+    captured.extend(_kept(grad) for grad in found)
 
 
 def _kept(grad: Tensor | None) -> Tensor | None:
     """A gradient that a further backward pass cannot overwrite."""
     if grad is None or type(grad) is not Tensor or grad.layout != torch.strided:
         return grad
-    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad
+    # A buffer may hold one gradient only; what autograd makes is no view.
+    return grad.clone() if grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad

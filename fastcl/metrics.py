@@ -5,6 +5,8 @@ With ``k`` the last trained task:
 
 * average accuracy ``ACC_k = 1/(k+1) sum_{j<=k} R[k, j]`` (Lopez-Paz and Ranzato, NeurIPS 2017, arXiv 1706.08840);
 * backward transfer ``BWT_k = 1/k sum_{j<k} (R[k, j] - R[j, j])`` (the same), negative when the past is forgotten;
+* forward transfer ``FWT_k = 1/k sum_{1<=j<=k} (R[j-1, j] - b[j])`` (the same), ``b`` the accuracies of the untrained model: positive
+  when the past helps with a task before it is trained;
 * forgetting ``F_k = 1/k sum_{j<k} (max_{l<k} R[l, j] - R[k, j])`` (Chaudhry et al., ECCV 2018, arXiv 1801.10112).
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 Matrix = Tensor | Sequence[Sequence[float]]
+Baseline = Tensor | Sequence[float]
 
 
 class AccuracyMatrix:
@@ -90,6 +93,10 @@ class AccuracyMatrix:
         """Backward transfer; see :func:`bwt`."""
         return bwt(self._values, after)
 
+    def fwt(self, baseline: Baseline, after: int | None = None) -> float:
+        """Forward transfer; see :func:`fwt`."""
+        return fwt(self._values, baseline, after)
+
     def forgetting(self, after: int | None = None) -> float:
         """Forgetting of Chaudhry et al.; see :func:`forgetting`."""
         return forgetting(self._values, after)
@@ -126,6 +133,35 @@ def bwt(values: Matrix, after: int | None = None) -> float:
     if k == 0:
         return 0.0
     return float((_measured(r, [(k, j) for j in range(k)]) - _measured(r, [(j, j) for j in range(k)])).mean())
+
+
+def fwt(values: Matrix, baseline: Baseline, after: int | None = None) -> float:
+    """Forward transfer ``1/k sum_{1<=j<=k} (R[j-1, j] - b[j])`` (Lopez-Paz and Ranzato, NeurIPS 2017); 0 after the first task.
+
+    It needs the accuracy on every task just before that task is trained: the entries next to the diagonal, above it.
+
+    Args:
+        values: the accuracy matrix, [tasks, tasks]; NaN where not measured.
+        baseline: ``b``, the accuracy on each task at random initialisation, before any training: [tasks], fractions in [0, 1]. The
+            first one does not enter and may be NaN.
+        after: ``k``, the task after which is asked, from 0; the last one by default.
+
+    Raises:
+        ValueError: not a square matrix, a value outside [0, 1], a baseline of another length, an entry that is needed and was not
+            measured.
+    """
+    r, k = _rows(values, after)
+    b = torch.as_tensor(baseline, dtype=torch.float64)
+    if tuple(b.shape) != (len(r),):
+        raise ValueError(f"baseline must hold one accuracy per task, shape {(len(r),)}; got shape {tuple(b.shape)}")
+    if bool(((b < 0) | (b > 1)).any()):
+        raise ValueError("baseline must hold fractions in [0, 1]")
+    if k == 0:
+        return 0.0
+    needed = b[1 : k + 1]
+    if bool(needed.isnan().any()):
+        raise ValueError(f"baseline[{1 + int(needed.isnan().nonzero()[0, 0])}] is NaN, and this measure needs it")
+    return float((_measured(r, [(j - 1, j) for j in range(1, k + 1)]) - needed).mean())
 
 
 def forgetting(values: Matrix, after: int | None = None) -> float:

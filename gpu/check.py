@@ -70,13 +70,13 @@ def stages() -> list[Stage]:
         Stage("gpu tests", [*PYTEST, "tests/gpu"], 240),
         Stage(
             "ops on cuda",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py"],
+            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
             240,
             {"FASTCL_BACKEND": "cuda"},
         ),
         Stage(
             "ops on triton",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py"],
+            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
             240,
             {"FASTCL_BACKEND": "triton"},
         ),

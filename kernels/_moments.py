@@ -76,11 +76,43 @@ def moments_kernel(
         _block_moments(read(g_at, valid, KINDS[0], True, BLOCK).to(DTYPE), valid, at, BLOCK)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_scaling(shift: tl.tensor, count: tl.tensor, rest: tl.tensor, m2: tl.tensor, singles: tl.tensor, doubles: tl.tensor) -> None:
+    std = tl.sqrt(m2 / tl.maximum(count - 1, 1))
+    constant = std == 0
+    divisor = tl.where(constant, 1.0, std)
+    # A constant tensor comes out as 0, because its inverse is 0 and not 1 / 0.
+    tl.store(doubles, 1.0)
+    tl.store(doubles + 1, shift)
+    tl.store(doubles + 2, rest)
+    tl.store(doubles + 3, tl.where(constant, 0.0, 1 / divisor))
+    # For float32: x is scaled by a power of two near 1 / std, and the mean is split in two, which subtracts it as if it were exact.
+    exponent = ((divisor.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+    mean = (shift + rest) * scale
+    high = mean.to(tl.float32)
+    tl.store(singles, scale.to(tl.float32))
+    tl.store(singles + 1, high)
+    tl.store(singles + 2, (mean - high.to(tl.float64)).to(tl.float32))
+    tl.store(singles + 3, tl.where(constant, 0.0, 1 / (divisor * scale)).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["first"])  # type: ignore[untyped-decorator]
 def combine_kernel(
-    partials: tl.tensor, begins: tl.tuple, singles: tl.tensor, doubles: tl.tensor, first: tl.tensor, T: tl.constexpr, CHUNK: tl.constexpr
+    partials: tl.tensor,
+    begins: tl.tuple,
+    singles: tl.tensor,
+    doubles: tl.tensor,
+    first: tl.tensor,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    APART: tl.constexpr,
 ) -> None:
-    """Chan's formula over one tensor's blocks, shifted by the first block's mean, and the constants that the second sweep needs."""
+    """Chan's formula over one tensor's blocks, shifted by the first block's mean, and the constants that the second sweep needs.
+
+    Of a shard (``APART``) the moments themselves, since the constants are those of the whole tensor.
+    """
     pair = tl.program_id(0)
     begin = begins[0]
     end = begins[1]
@@ -113,25 +145,27 @@ def combine_kernel(
         off = (tl.load(at + 1, mask=exists, other=0) - shift) + (tl.load(at + 2, mask=exists, other=0) - rest)
         m2 += tl.where(exists, tl.load(at + 3, mask=exists, other=0) + tl.load(at, mask=exists, other=0) * off * off, 0)
         chunk += CHUNK
-    std = tl.sqrt(tl.sum(m2, 0) / tl.maximum(elements - 1, 1))
-    constant = std == 0
-    divisor = tl.where(constant, 1.0, std)
     row = (first + pair).to(tl.int64) * 4
-    # A constant tensor comes out as 0, because its inverse is 0 and not 1 / 0.
-    tl.store(doubles + row, 1.0)
-    tl.store(doubles + row + 1, shift)
-    tl.store(doubles + row + 2, rest)
-    tl.store(doubles + row + 3, tl.where(constant, 0.0, 1 / divisor))
-    # For float32: x is scaled by a power of two near 1 / std, and the mean is split in two, which subtracts it as if it were exact.
-    exponent = ((divisor.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
-    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
-    scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
-    mean = (shift + rest) * scale
-    high = mean.to(tl.float32)
-    tl.store(singles + row, scale.to(tl.float32))
-    tl.store(singles + row + 1, high)
-    tl.store(singles + row + 2, (mean - high.to(tl.float64)).to(tl.float32))
-    tl.store(singles + row + 3, tl.where(constant, 0.0, 1 / (divisor * scale)).to(tl.float32))
+    if APART:
+        tl.store(doubles + row, shift)
+        tl.store(doubles + row + 1, elements)
+        tl.store(doubles + row + 2, rest)
+        tl.store(doubles + row + 3, tl.sum(m2, 0))
+    else:
+        _store_scaling(shift, elements, rest, tl.sum(m2, 0), singles + row, doubles + row)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scaling_kernel(moments: tl.tensor, singles: tl.tensor, doubles: tl.tensor) -> None:
+    """The constants of one tensor from its row ``[shift, count, mean - shift, m2]``."""
+    row = tl.program_id(0).to(tl.int64) * 4
+    at = moments + row
+    _store_scaling(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), singles + row, doubles + row)
+
+
+def _constants(tensors: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    singles, doubles = (torch.empty(4 * tensors, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64))
+    return singles, doubles
 
 
 def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -140,6 +174,26 @@ def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, 
     The first result is in float32, the second in float64.
     ``double`` says which tensors are worked on in float64.
     """
+    singles, doubles = _constants(len(tensors), tensors[0].device)
+    _measure(tensors, double, singles, doubles, apart=False)
+    return singles, doubles
+
+
+def statistics(tensors: Sequence[Tensor], double: Sequence[bool]) -> Tensor:
+    """Moments of each non-empty tensor: rows ``[shift, count, mean - shift, m2]``, [tensors, 4] in float64."""
+    rows = torch.empty(4 * len(tensors), dtype=torch.float64, device=tensors[0].device)
+    _measure(tensors, double, rows, rows, apart=True)
+    return rows.view(-1, 4)
+
+
+def scaling(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`moments` returns, from rows as of :func:`statistics`."""
+    singles, doubles = _constants(len(rows), rows.device)
+    scaling_kernel[(len(rows),)](rows.contiguous(), singles, doubles, enable_fp_fusion=True)
+    return singles, doubles
+
+
+def _measure(tensors: Sequence[Tensor], double: Sequence[bool], singles: Tensor, doubles: Tensor, *, apart: bool) -> None:
     device = tensors[0].device
     plan = list(launches(tensors, tags=double))
     blocks = [0] * len(tensors)
@@ -156,12 +210,9 @@ def moments(tensors: Sequence[Tensor], double: Sequence[bool]) -> tuple[Tensor, 
             cursor[member] += n
         dtype = tl.float64 if launch.tag else tl.float32
         moments_kernel[launch.grid](*launch.args, launch.per_row(bases), partials, DTYPE=dtype, **launch.constants, enable_fp_fusion=True)
-    singles = torch.empty(4 * len(tensors), dtype=torch.float32, device=device)
-    doubles = torch.empty(4 * len(tensors), dtype=torch.float64, device=device)
     for at in range(0, len(tensors), CAPACITIES[-1]):
         part = edges[at : at + CAPACITIES[-1] + 1]
         count = len(part) - 1
         capacity = padded_capacity(count)
         begins = encode([*part, *part[-1:] * (capacity - count)])
-        combine_kernel[(count,)](partials, begins, singles, doubles, at, T=capacity, CHUNK=_CHUNK, enable_fp_fusion=True)
-    return singles, doubles
+        combine_kernel[(count,)](partials, begins, singles, doubles, at, T=capacity, CHUNK=_CHUNK, APART=apart, enable_fp_fusion=True)

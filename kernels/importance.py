@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastcl.kernels._lists import launches, on_device
 from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, total, write
-from fastcl.kernels._moments import moments
+from fastcl.kernels._moments import moments, scaling, statistics
 
 _HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
 _CHUNK = 1024  # partial sums that one step of the last program takes
@@ -160,25 +161,46 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     if not rows:
         return torch.zeros((), dtype=torch.float64, device=device)
     stored, *heads = (list(column) for column in zip(*rows, strict=True))
+    return _sweeps(stored, heads, lambda group: moments(*_flat(stored, group)))
+
+
+def spg_moments(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
+    """First half of :func:`spg_importance_`, for tensors that are shards; see :func:`fastcl.reference.importance.spg_moments`."""
+    with on_device(accumulated[0]):
+        return statistics(*_flat(accumulated, grads_by_head)).view(len(grads_by_head), len(accumulated), 4)
+
+
+def spg_update_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]], rows: Sequence[Tensor]) -> Tensor:
+    """Second half of :func:`spg_importance_`, from the whole tensors' rows. No tensor is empty."""
+    given = iter(rows[0].split(_HEADS))
+    return _sweeps(accumulated, grads_by_head, lambda _: scaling(next(given).flatten(0, 1)))
+
+
+def _flat(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[bool]]:
+    """The gradients in one list, and which of them are worked on in float64."""
+    pairs = [(g, torch.float64 in (a.dtype, g.dtype)) for head in heads for a, g in zip(stored, head, strict=True)]
+    return [g for g, _ in pairs], [double for _, double in pairs]
+
+
+_Heads: TypeAlias = Sequence[Sequence[Tensor]]
+
+
+def _sweeps(stored: Sequence[Tensor], heads: _Heads, constants: Callable[[_Heads], tuple[Tensor, Tensor]]) -> Tensor:
     with on_device(stored[0]):
         if not heads:
-            return _sweep(stored, [])
+            return _sweep(stored, [], tuple(torch.empty(0, dtype=d, device=stored[0].device) for d in (torch.float32, torch.float64)))
         for at in range(0, len(heads), _HEADS):
             # One group after the other gives what all at once would: rounding keeps order, so the maximum may be rounded on the way.
-            mean = _sweep(stored, heads[at : at + _HEADS])
+            group = heads[at : at + _HEADS]
+            mean = _sweep(stored, group, constants(group))
     return mean
 
 
-def _sweep(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]) -> Tensor:
+def _sweep(stored: Sequence[Tensor], heads: _Heads, constants: tuple[Tensor, ...]) -> Tensor:
     """Standardise a few heads, accumulate them, and return the mean of what is stored."""
     device = stored[0].device
-    double = [[torch.float64 in (a.dtype, g.dtype) for a, g in zip(stored, head, strict=True)] for head in heads]
     tags = [torch.float64 in (a.dtype, *(g.dtype for g in row)) for a, *row in zip(stored, *heads, strict=True)]
-    single_rows, double_rows = (
-        moments([g for head in heads for g in head], [d for head in double for d in head])
-        if heads
-        else (torch.empty(0, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64))
-    )
+    single_rows, double_rows = constants
     plan = list(launches(stored, *heads, tags=tags))
     blocks = sum(sum(launch.row_blocks) for launch in plan)
     sums = torch.empty(blocks, dtype=torch.float64, device=device)

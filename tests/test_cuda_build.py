@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_FILES = ("soft_mask", "importance", "importance_spg", "yardstick")
+KERNEL_FILES = ("soft_mask", "importance", "importance_spg", "projection", "yardstick")
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -34,10 +34,25 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-@pytest.mark.parametrize("case", ["plan", "dimensions", "quotients", "pairs", "spg"])
+@pytest.mark.parametrize("case", ["plan", "dimensions", "quotients", "pairs", "spg", "dots", "project", "combine", "gram"])
 def test_host(host: Path, case: str) -> None:
     result = _run(host, case)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_solver_waits_wherever_its_threads_share(tmp_path: Path) -> None:
+    """A block's threads as real threads under ThreadSanitizer."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{ROOT / 'csrc'}"]
+    built = _run(compiler, *flags, ROOT / "tests/cuda/team.cpp", "-o", tmp_path / "team")
+    if "libtsan" in built.stderr or "-fsanitize=thread" in built.stderr:
+        pytest.skip(f"{compiler} has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    for threads in (1, 5):
+        result = _run(tmp_path / "team", str(threads))
+        assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +135,7 @@ def sass(logs: dict[str, str]) -> dict[str, dict[str, str]]:
     if tool is None:
         pytest.skip("neither the CUDA toolkit's nor Triton's cuobjdump is installed")
     out = {}
-    for name in ("soft_mask", "importance", "importance_spg"):
+    for name in ("soft_mask", "importance", "importance_spg", "projection"):
         built = sorted((ROOT / "build").glob(f"ninja-*/cuda_{name}.o"))[-1]
         result = _run(tool, "--dump-sass", "-arch", "sm_90", built)
         if result.returncode != 0 or "Function :" not in result.stdout:
@@ -150,6 +165,44 @@ def test_spg_moves_in_vectors(sass: dict[str, dict[str, str]]) -> None:
     for body in _kernels(sass["importance_spg"], "update_kernelIff"):
         assert "LDG.E.128" in body
         assert "STG.E.128" in body
+
+
+def test_dots_move_in_vectors_and_add_in_double(sass: dict[str, dict[str, str]]) -> None:
+    for pair in ("Iff", "INS_8BFloat16ES", "INS_7Float16ES", "Idd"):
+        for body in _kernels(sass["projection"], f"dot_kernel{pair}"):
+            # Four vectors of each list are in flight before the first product.
+            assert re.search(r"(LDG\.E\.128(?:(?!DFMA)[\s\S])*){8}", body), pair
+            assert not re.search(r"\b(ATOM|RED)\b", body)
+            assert not re.search(r"\bFF?MA\b|\bFMUL\b|\bFADD\b|\bDMUL\b", body), "a product or sum that rounds more than once"
+
+
+def test_projections_round_once(sass: dict[str, dict[str, str]]) -> None:
+    for body in _kernels(sass["projection"], "add_kernelIff"):
+        assert re.search(r"(LDG\.E\.128(?:(?!STG|DFMA)[\s\S])*){8}", body)
+        assert body.count("STG.E.128") >= 4
+        assert "DFMA" in body
+        assert not re.search(r"\b(FFMA|FMUL|FADD|DMUL)\b", body)
+    for body in _kernels(sass["projection"], "combine_kernel"):
+        assert "LDG.E.128" in body
+        assert "STG.E.128" in body
+        assert "DFMA" in body
+        assert not re.search(r"\b(FFMA|FMUL|FADD|DMUL)\b", body)
+
+
+def test_second_sweep_ends_before_it_reads_a_gradient(sass: dict[str, dict[str, str]]) -> None:
+    for kernel in ("add_kernelIff", "combine_kernel"):
+        for body in _kernels(sass["projection"], kernel):
+            first = body.index("EXIT")
+            assert "LDG.E.128" not in body[:first]
+            assert "LDG.E" in body[:first], "nothing was asked"
+
+
+def test_gram_multiplies_from_shared_memory(sass: dict[str, dict[str, str]]) -> None:
+    for body in _kernels(sass["projection"], "gram_kernel"):
+        assert body.count("LDG.E.128") >= 4
+        assert body.count("DFMA") >= 16
+        assert "LDS" in body
+        assert not re.search(r"\b(ATOM|RED|LDL|STL)\b", body)
 
 
 def test_soft_mask_rounds_every_operation(sass: dict[str, dict[str, str]]) -> None:

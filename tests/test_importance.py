@@ -286,8 +286,8 @@ class TestSpg:
 
 
 def test_public_names_match_the_references():
-    for name in (*ops.__all__, "mask_gradients_"):
-        import inspect
+    import inspect
 
+    for name in (*(n for n in ops.__all__ if not inspect.isclass(getattr(ops, n))), "mask_gradients_"):
         public = getattr(ops, name, None) or getattr(fastcl, name)
         assert list(inspect.signature(public).parameters) == list(inspect.signature(getattr(reference, name)).parameters), name

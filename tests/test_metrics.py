@@ -101,3 +101,40 @@ def test_bad_indices_and_values():
     with pytest.raises(TypeError, match="two indices"):
         matrix[0]
     assert bool(matrix.values.isnan().all())
+
+
+class TestForwardTransfer:
+    FULL = ((0.9, 0.3, 0.1), (0.8, 0.7, 0.4), (0.6, 0.75, 0.5))
+    BASELINE = (nan, 0.1, 0.15)
+
+    def test_values_worked_by_hand(self):
+        assert metrics.fwt(self.FULL, self.BASELINE) == pytest.approx((0.2 + 0.25) / 2)
+        assert metrics.fwt(self.FULL, self.BASELINE, after=1) == pytest.approx(0.2)
+        assert metrics.fwt(self.FULL, self.BASELINE, after=0) == 0
+        assert metrics.fwt(self.FULL, [0.9, 0.4, 0.6]) == pytest.approx((-0.1 - 0.2) / 2)
+
+    def test_the_matrix_object_agrees_and_tensors_do(self):
+        matrix, baseline = AccuracyMatrix.of(self.FULL), torch.tensor(self.BASELINE)
+        assert matrix.fwt(self.BASELINE) == metrics.fwt(matrix.values, self.BASELINE)
+        assert matrix.fwt(baseline, 1) == pytest.approx(0.2)
+
+    @pytest.mark.parametrize(
+        ("baseline", "message"),
+        [
+            ([0.1, 0.1], "one accuracy per task"),
+            ([[0.1, 0.1, 0.1]], "one accuracy per task"),
+            (0.1, "one accuracy per task"),
+            ([0.1, 10, 0.1], "fractions"),
+            ([0.1, -0.1, 0.1], "fractions"),
+            ([0.1, 0.1, nan], r"baseline\[2\] is NaN"),
+        ],
+    )
+    def test_bad_baselines(self, baseline, message):
+        with pytest.raises(ValueError, match=message):
+            metrics.fwt(self.FULL, baseline)
+
+    def test_what_was_not_measured(self):
+        with pytest.raises(ValueError, match=r"R\[0, 1\] was not measured"):
+            metrics.fwt(R, self.BASELINE)
+        with pytest.raises(ValueError, match="square"):
+            metrics.fwt([[0.1, 0.2]], [0.1])

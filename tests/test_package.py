@@ -25,6 +25,7 @@ import fastcl
 from processes import LEFT_OUT, ROOT, environment, package_copy, python
 
 PACKAGE = sorted((ROOT / "fastcl").rglob("*.py"))
+BELOW_EXPERIMENTS = ("fastcl/ops", "fastcl/reference", "kernels", "fastcl/data", "fastcl/methods", "fastcl/testing")
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
@@ -47,7 +48,7 @@ print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before), 
         runs = [json.loads(python("-c", self.CODE, path=copy).stdout) for _ in range(3)]
         roots = {name.split(".")[0] for name in runs[0]["new"]}
         assert "fastcl" in roots
-        assert not roots & {"triton", "sklearn", "matplotlib", "scipy", "safetensors", "tqdm", "rich", "pandas"}
+        assert not roots & {"triton", "sklearn", "matplotlib", "scipy", "safetensors", "tqdm", "rich", "typer", "pandas"}
         assert not [
             name for name in runs[0]["new"] if name.startswith(("torch._dynamo", "torch._inductor", "fastcl.kernels", "fastcl.methods"))
         ]
@@ -97,7 +98,7 @@ class TestDocumentation:
         assert len(documented) > 30
         assert [name for name, value in documented.items() if not inspect.getdoc(value)] == []
 
-    @pytest.mark.parametrize("name", fastcl.ops.__all__)
+    @pytest.mark.parametrize("name", [n for n in fastcl.ops.__all__ if not inspect.isclass(getattr(fastcl.ops, n))])
     def test_ops_name_their_arguments_and_errors(self, name) -> None:
         op = getattr(fastcl.ops, name)
         text = inspect.getdoc(op) or ""
@@ -129,7 +130,8 @@ def syncs(source: str, file: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SYNCS:
             found.append(f"{file}:{node.lineno} .{node.func.attr}()")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CASTS and node.args:
-            constant = "knobs" in ast.unparse(node.args[0])  # a setting of Triton, read at import
+            # A number's name, or a setting of Triton that is read at import.
+            constant = isinstance(node.args[0], ast.Constant) or "knobs" in ast.unparse(node.args[0])
             if (file, node.func.id) not in PYTHON_NUMBERS and not constant:
                 found.append(f"{file}:{node.lineno} {node.func.id}()")
         if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
@@ -157,6 +159,7 @@ class TestSource:
     def test_nothing_waits_for_the_device(self) -> None:
         files = [*(ROOT / "fastcl/ops").glob("*.py"), *(ROOT / "fastcl/reference").glob("*.py"), *KERNELS, ROOT / "fastcl/gradients.py"]
         assert len(files) > 12
+        files.remove(ROOT / "fastcl/reference/_quadratic.py")  # the definition of GEM's programme is solved on the host, as it says
         assert [line for file in files for line in syncs(file.read_text(), file.name)] == []
 
     @pytest.mark.parametrize(
@@ -185,6 +188,8 @@ class TestSource:
             ("kernels", ("fastcl.ops", "fastcl.methods", "fastcl.backends", "fastcl._native", "kernels")),
             ("fastcl/data", ("fastcl.ops", "fastcl.methods")),
             ("fastcl/methods", ("fastcl.kernels", "fastcl.backends", "fastcl._native", "fastcl.reference")),
+            ("fastcl/experiment", ("fastcl.ops", "fastcl.gradients", "fastcl.kernels", "fastcl._native", "fastcl.reference")),
+            *((folder, ("fastcl.experiment", "fastcl.cli")) for folder in BELOW_EXPERIMENTS),
         ],
     )
     def test_arrows_point_one_way(self, folder, forbidden) -> None:

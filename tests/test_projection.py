@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import hypothesis
 import pytest
@@ -14,6 +15,7 @@ from fastcl.testing import clone, gradients, unit_roundoff
 from layouts import FLOATING, LAYOUTS, SHAPES, identical
 
 U = 2.0**-53
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")  # a hundred times slower
 SMALL = [(6, 10), (2, 3, 4, 5), (33,), ()]
 
 
@@ -120,7 +122,7 @@ def test_expanded_memories_are_read(device):
 
 
 def test_bits_do_not_depend_on_threads_or_runs(device):
-    shapes = [(70_001,), (33, 1000), (5,), (20_000,)]
+    shapes = [(9001,), (5,)] if INTERPRETED else [(70_001,), (33, 1000), (5,), (20_000,)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
         for threads in (1, 2, 3, 2):
@@ -218,6 +220,8 @@ def check_optimal(products, dots, v, margin, ridge):
 @pytest.mark.parametrize("kind", ["independent", "near-collinear", "duplicates", "scales"])
 @pytest.mark.parametrize(("margin", "ridge"), [(0.5, 1e-3), (0.0, 1e-3), (0.0, 0.0)])
 def test_gem_solves_its_programme(device, count, kind, margin, ridge):
+    if INTERPRETED and count > 3 and kind != "duplicates":
+        pytest.skip("ten seconds each in Triton's interpreter, whose own suite has these")
     gen = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 100, dtype=torch.float64, generator=gen)
     if kind == "near-collinear":
@@ -234,7 +238,7 @@ def test_gem_solves_its_programme(device, count, kind, margin, ridge):
 def test_gem_agrees_with_scipy(device):
     optimize = pytest.importorskip("scipy.optimize")
     gen = torch.Generator().manual_seed(0)
-    for count, size in itertools.product((2, 5, 20, 64), (8, 70)):
+    for count, size in itertools.product((2, 5, 20) if INTERPRETED else (2, 5, 20, 64), (8, 70)):
         rows, g = torch.randn(count, size, dtype=torch.float64, generator=gen), torch.randn(size, dtype=torch.float64, generator=gen)
         g -= rows.mean(0)
         grads = [g.clone().to(device)]
@@ -265,7 +269,7 @@ def test_gem_with_duplicate_memories_is_gem_with_one(device):
     grads = gradients(SMALL, torch.float32, device, 0)
     memory, one, many = opposed(grads), clone(grads), clone(grads)
     ops.gem_project_(one, [memory], 0.0, 0.0)
-    ops.gem_project_(many, [memory] * 64, 0.0, 0.0)
+    ops.gem_project_(many, [memory] * (8 if INTERPRETED else 64), 0.0, 0.0)
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
 
 

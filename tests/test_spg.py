@@ -615,6 +615,66 @@ def test_construction_is_checked():
         SPG(model, model.heads, strength=1.5)
 
 
+class OneHead(Net):
+    """Every task number leads to the one head."""
+
+    def __init__(self):
+        super().__init__(heads=1)
+
+    def forward(self, x, task):
+        return self.heads[0](self.body(x) * self.scale)
+
+
+def one_head():
+    torch.manual_seed(0)
+    return OneHead().double()
+
+
+def test_a_shared_head_is_the_head_of_every_task():
+    fused, naive = one_head(), one_head()
+    spg, oracle = SPG(fused, fused.heads, dtype=torch.float64, shared=True), NaiveSPG(naive)
+    for t in range(4):
+        train(fused, batches(t), t, spg.after_backward)
+        train(naive, batches(t), t, oracle.mask)
+        spg.end_task(batches(t), loss_fn)
+        oracle.end_task(batches(t))  # one pass per past task, all through the one head
+        for name, value in oracle.importance.items():
+            torch.testing.assert_close(spg.importance[name], value, rtol=0, atol=1e-12)
+    assert spg.tasks_seen == 4
+    for (name, p), (_, q) in zip(fused.named_parameters(), naive.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11, msg=name)
+    other = SPG(fused, fused.heads, dtype=torch.float64, shared=True)
+    other.load_state_dict(spg.state_dict())
+    assert_same(other.state_dict(), spg.state_dict())
+
+
+def test_a_shared_head_costs_two_passes_from_the_second_task_on():
+    model = one_head()
+    spg, read = SPG(model, model.heads, shared=True), []
+
+    class Counted(list):
+        def __iter__(self):
+            read.append(spg.tasks_seen)
+            return super().__iter__()
+
+    for t in range(3):
+        spg.end_task(Counted(batches(t)), loss_fn)
+    assert read == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "error", "message"),
+    [
+        (2, True, ValueError, "one module, the head of all tasks, with shared=True; got 2"),
+        (1, 1, TypeError, "shared must be True or False"),
+    ],
+)
+def test_bad_sharing(heads, shared, error, message):
+    model = make(heads)
+    with pytest.raises(error, match=message):
+        SPG(model, model.heads, shared=shared)
+
+
 def test_expanded_buffers_frozen_parameters_and_default_forward():
     class Odd(nn.Module):
         def __init__(self):

@@ -160,6 +160,23 @@ def test_ptx_of_spg(dtype: torch.dtype, stored: torch.dtype, launches: list[Any]
     assert "atom" not in "".join(texts.values())
 
 
+@pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
+def test_the_two_sweeps_apart(target: str, launches: list[Any]) -> None:
+    stored, heads = [empty((60, 100), F32), empty((7,), BF16)], [[empty((60, 100), F32), empty((7,), F64)]] * 2
+    rows = importance.spg_moments(stored, heads)
+    importance.spg_update_(stored, heads, [rows])
+    assert rows.shape == (2, 2, 4)
+    assert {kernel.__name__ for kernel, *_ in launches} == {
+        "moments_kernel",
+        "combine_kernel",
+        "scaling_kernel",
+        "spg_kernel",
+        "mean_kernel",
+    }
+    for launch in launches:
+        compiled(launch, target)
+
+
 def lists(count: int, dtype: torch.dtype, shape: tuple[int, ...] = (60, 100), tensors: int = 1) -> list[list[Tensor]]:
     return [[empty(shape, dtype) for _ in range(tensors)] for _ in range(count)]
 

@@ -46,24 +46,6 @@ struct Gated {
     return run(gate, [&](Backend& backend) { backend.emax_(i, n); });
   }
 
-  // Returns the mean as a 0-d tensor, or a string.
-  static pybind11::object spg_importance_(const pybind11::object& accumulated, const pybind11::list& grads_by_head, bool grad_mode) {
-    Gate gate(Backend::kind, grad_mode);
-    Views a;
-    std::vector<Views> heads(pybind11::len(grads_by_head));
-    std::vector<const Views*> reads;
-    bool passed = gate.take("accumulated", accumulated, Access::writes, true, a);
-    for (size_t h = 0; h < heads.size(); ++h) {
-      passed = passed && gate.take("grads_by_head", grads_by_head[h], Access::reads, false, heads[h]) &&
-               gate.same_shapes("grads_by_head", heads[h], a);
-      reads.push_back(&heads[h]);
-    }
-    if (!passed || !gate.apart(a, reads)) return gate.verdict();
-    NewTensor mean(Backend::device_type, std::max(gate.device_index(), 0), {dlpack::kFloat, 64, 1}, {});
-    const pybind11::object refused = run(gate, [&](Backend& backend) { backend.spg_importance_(a, heads, mean.template data<double>()); });
-    return refused.is_none() ? mean.to_python() : refused;
-  }
-
   static pybind11::object yardstick_(const pybind11::object& written, const pybind11::object& read) {
     Gate gate(Backend::kind, false);
     Views w, r;

@@ -4,6 +4,7 @@
 
 #include "bind/gated.h"
 #include "bind/gated_projection.h"
+#include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
 
@@ -22,6 +23,12 @@ struct Cpu {
   void emax_(const Views& importance, const Views& fresh) { cpu::emax_(importance, fresh, pool); }
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
     *mean = cpu::spg_importance_(accumulated, grads_by_head, pool);
+  }
+  void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows) {
+    cpu::spg_moments(accumulated, grads_by_head, rows, pool);
+  }
+  void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean) {
+    *mean = cpu::spg_update_(accumulated, grads_by_head, rows, pool);
   }
   void grad_dot(const Views& a, const Views& b, double* out) { *out = cpu::grad_dot(a, b, pool); }
   void gram(const std::vector<Views>& vectors, double* out) { cpu::gram(vectors, out, pool); }
@@ -65,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
   define_connect(m);
   m.def("soft_mask_", &Gated<Cpu>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
-  m.def("spg_importance_", &Gated<Cpu>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  define_spg<Cpu>(m);
   define_projection<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");

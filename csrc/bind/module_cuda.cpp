@@ -9,6 +9,8 @@
 #include <stdexcept>
 
 #include "bind/gated.h"
+#include "bind/gated_projection.h"
+#include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cuda/ops.h"
 
@@ -39,6 +41,24 @@ class Cuda {
   void emax_(const Views& importance, const Views& fresh) { cuda::emax_(importance, fresh, stream_); }
   void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean) {
     cuda::spg_importance_(accumulated, grads_by_head, mean, workspace(), stream_);
+  }
+  void grad_dot(const Views& a, const Views& b, double* out) { cuda::grad_dot(a, b, out, workspace(), stream_); }
+  void gram(const std::vector<Views>& vectors, double* out) { cuda::gram(vectors, out, workspace(), stream_); }
+  void project_(const Views& grads, const Views& reference, double* out) { cuda::project_(grads, reference, out, workspace(), stream_); }
+  void gem_project_(const Views& grads, const std::vector<Views>& memories, double margin, double ridge, double* out) {
+    cuda::gem_project_(grads, memories, margin, ridge, out, workspace(), stream_);
+  }
+  void gem_coefficients(const double* products, int k, double margin, double ridge, double* out) {
+    cuda::gem_coefficients(products, k, margin, ridge, out, stream_);
+  }
+  void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
+    cuda::combine_(grads, memories, coefficients, stream_);
+  }
+  void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows) {
+    cuda::spg_moments(accumulated, grads_by_head, rows, workspace(), stream_);
+  }
+  void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean) {
+    cuda::spg_update_(accumulated, grads_by_head, rows, mean, workspace(), stream_);
   }
   void yardstick_(const Views& written, const Views& read) { cuda::yardstick_(written, read, stream_); }
   void yardstick_read(const Views& read, uint64_t* folded) { cuda::yardstick_read(read, folded, workspace(), stream_); }
@@ -94,7 +114,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   define_connect(m, &connect_where_it_runs);
   m.def("soft_mask_", &Gated<Cuda>::soft_mask_, py::arg("grads"), py::arg("importance"), py::arg("strength"), py::arg("grad_mode"));
   m.def("emax_", &Gated<Cuda>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
-  m.def("spg_importance_", &Gated<Cuda>::spg_importance_, py::arg("accumulated"), py::arg("grads_by_head"), py::arg("grad_mode"));
+  define_spg<Cuda>(m);
+  define_projection<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

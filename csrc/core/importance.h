@@ -35,6 +35,13 @@ FASTCL_HD Moments combine(Moments a, Moments b) {
   return {count, a.mean + delta * (b.count / count), a.m2 + b.m2 + delta * delta * (a.count * (b.count / count))};
 }
 
+// A tensor's moments with the shift that they are relative to. Rows of these travel between ranks.
+struct Statistics {
+  double shift;
+  Moments moments;
+};
+static_assert(sizeof(Statistics) == 4 * sizeof(double), "tables of statistics are counted in doubles");
+
 // What turns a gradient element into SPG's importance |tanh((g - mean) / std)|.
 template <class C>
 struct Normaliser {

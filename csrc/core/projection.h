@@ -9,12 +9,19 @@
 namespace fastcl {
 
 // What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer numbers.
-FASTCL_HD double agem_coefficient(double dot, double square) { return dot >= 0 && square < INFINITY ? 0.0 : -dot / square; }
+FASTCL_HD double agem_coefficient(double dot, double square) {
+  if (dot >= 0 && square < INFINITY) return 0;
+  return square > 0 ? -dot / square : NAN;
+}
 
 // Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
 template <class M>
 FASTCL_HD double add_scaled(double sum, double coefficient, M memory) {
+#ifdef __CUDA_ARCH__
+  return fma(coefficient, load<double>(memory), sum);  // not left to the compiler there
+#else
   return sum + coefficient * load<double>(memory);
+#endif
 }
 
 constexpr int kMostMemories = 64;
@@ -32,60 +39,78 @@ struct Alone {
 // passive ones stays at 0. All threads of a team run through the same branches, since they decide from the same shared numbers.
 struct NonnegativeQP {
   int n;
-  double* q;         // [n, n], scaled
-  double* inverse;   // [n, n]: of the passive block; elsewhere what the sweeps make of Q
+  double* q;         // [n, row_of(n)], scaled
+  double* inverse;   // [n, row_of(n)]: of the passive block; elsewhere what the sweeps make of Q
   double* p;         // [n], scaled
   double* u;         // [n]: the solution, scaled
   double* s;         // [n]: the minimum over the passive variables
   double* residual;  // [n]
   double* row;       // [n]
+  double* scale;     // [n]: of the variables
   int* passive;      // [n]
   int* blocked;      // [n]: refused as dependent since the last step
 
-  static constexpr int kVectors = 5;
+  static constexpr int kVectors = 6;
   static constexpr int kFlags = 2;
+
+  // The length of a matrix row in memory: odd, so that a GPU's threads find one column's elements in different banks of shared memory.
+  static constexpr FASTCL_HD int row_of(int n) { return n | 1; }
 
   template <class Team>
   FASTCL_HD void sweep(int k, const Team& team) const {
-    const double pivot = inverse[k * n + k];
-    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * n + j] / pivot;
+    const int width = row_of(n);
+    const double reciprocal = 1 / inverse[k * width + k];
+    FASTCL_ROLLED
+    for (int j = team.rank; j < n; j += team.size) row[j] = inverse[k * width + j] * reciprocal;
     team.sync();
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       if (i == k) continue;
-      double* own = inverse + i * n;
+      double* own = inverse + i * width;
       const double factor = own[k];
       for (int j = 0; j < n; ++j) own[j] -= factor * row[j];
-      own[k] = -factor / pivot;
+      own[k] = -factor * reciprocal;
     }
-    team.sync();
-    for (int j = team.rank; j < n; j += team.size) inverse[k * n + j] = j == k ? 1 / pivot : row[j];
+    FASTCL_ROLLED
+    for (int j = team.rank; j < n; j += team.size) inverse[k * width + j] = j == k ? reciprocal : row[j];
     team.sync();
   }
 
-  // From Q anew: what was swept in is not swept out, so that no rounding piles up.
+  // Sweeps in the entering variable; with none (-1), all passive ones from Q anew: what was swept in is not swept out, so that no rounding
+  // piles up.
   template <class Team>
-  FASTCL_HD void factor(const Team& team) const {
-    for (int e = team.rank; e < n * n; e += team.size) inverse[e] = q[e];
-    team.sync();
+  FASTCL_HD void factor(int entering, const Team& team) const {
+    const int width = row_of(n);
+    if (entering < 0) {
+      FASTCL_ROLLED
+      for (int i = team.rank; i < n; i += team.size)
+        for (int j = 0; j < n; ++j) inverse[i * width + j] = q[i * width + j];
+      team.sync();
+    }
+    FASTCL_ROLLED
     for (int k = 0; k < n; ++k)
-      if (passive[k]) sweep(k, team);
+      if (entering < 0 ? passive[k] != 0 : k == entering) sweep(k, team);
   }
 
   template <class Team>
   FASTCL_HD void minimum(const Team& team) const {
+    const int width = row_of(n);
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) s[i] = 0;
     team.sync();
     for (int refinement = 0; refinement < 3; ++refinement) {
+      FASTCL_ROLLED
       for (int i = team.rank; i < n; i += team.size) {
         double sum = p[i];
-        for (int j = 0; j < n; ++j) sum += q[i * n + j] * s[j];
+        for (int j = 0; j < n; ++j) sum += q[i * width + j] * s[j];
         residual[i] = passive[i] ? sum : 0;
       }
       team.sync();
+      FASTCL_ROLLED
       for (int i = team.rank; i < n; i += team.size) {
         if (!passive[i]) continue;
         double sum = 0;
-        for (int j = 0; j < n; ++j) sum += inverse[i * n + j] * residual[j];
+        for (int j = 0; j < n; ++j) sum += inverse[i * width + j] * residual[j];
         s[i] -= sum;
       }
       team.sync();
@@ -95,16 +120,19 @@ struct NonnegativeQP {
   // The free variable along which the objective falls most steeply, beyond rounding; -1 if there is none.
   template <class Team>
   FASTCL_HD int steepest(const Team& team) const {
+    const int width = row_of(n);
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       double gradient = p[i], magnitude = fabs(p[i]);
       for (int j = 0; j < n; ++j) {
-        gradient += q[i * n + j] * u[j];
-        magnitude += fabs(q[i * n + j]) * u[j];
+        gradient += q[i * width + j] * u[j];
+        magnitude += fabs(q[i * width + j]) * u[j];
       }
       residual[i] = !passive[i] && !blocked[i] && gradient < -4 * n * kRoundoff * magnitude ? gradient : 0;
     }
     team.sync();
     int best = -1;
+    FASTCL_ROLLED
     for (int i = 0; i < n; ++i)
       if (residual[i] < (best < 0 ? 0 : residual[best])) best = i;
     team.sync();
@@ -114,103 +142,132 @@ struct NonnegativeQP {
   // Moves from u towards s as far as no passive variable becomes negative, and fixes those that reach 0. False: s is feasible.
   template <class Team>
   FASTCL_HD bool step_back(const Team& team) const {
-    double shortest = 2;
-    for (int i = 0; i < n; ++i)
-      if (passive[i] && s[i] <= 0) shortest = fmin(shortest, u[i] / (u[i] - s[i]));
+    constexpr double far = 2;  // residual: how far each goes before it becomes 0
+    FASTCL_ROLLED
+    for (int i = team.rank; i < n; i += team.size) residual[i] = !(passive[i] && s[i] <= 0) ? far : u[i] > 0 ? u[i] / (u[i] - s[i]) : 0;
     team.sync();
-    if (shortest == 2) return false;
+    double shortest = far;
+    FASTCL_ROLLED
+    for (int i = 0; i < n; ++i) shortest = fmin(shortest, residual[i]);
+    if (shortest == far) return false;
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       if (!passive[i]) continue;
-      const bool leaves = s[i] <= 0 && u[i] / (u[i] - s[i]) <= shortest;
+      const bool leaves = s[i] <= 0 && residual[i] <= shortest;
       u[i] = leaves ? 0 : u[i] + shortest * (s[i] - u[i]);
       passive[i] = !leaves;
     }
     team.sync();
-    factor(team);
-    minimum(team);
     return true;
   }
 
+  // Each part stands here once, and loops that a GPU team runs through once are not unrolled, so that all of it fits into registers.
   template <class Team>
   FASTCL_HD void solve(const Team& team) const {
+    FASTCL_ROLLED
     for (int i = team.rank; i < n; i += team.size) {
       u[i] = 0;
       passive[i] = 0;
       blocked[i] = 0;
     }
     team.sync();
-    factor(team);
-    for (int step = 0; step < 16 * n + 16; ++step) {
-      const int entering = steepest(team);
-      if (entering < 0) return;
-      bool enters = inverse[entering * n + entering] > 16 * n * kRoundoff;
-      if (enters) {
-        if (team.rank == 0) passive[entering] = 1;
-        team.sync();
-        sweep(entering, team);
+    int entering = -1, steps = 16 * n + 16;
+    bool fresh = false;
+    while (true) {
+      factor(fresh ? entering : -1, team);
+      if (entering >= 0) {
         minimum(team);
-        enters = s[entering] > 0;
-        team.sync();
-        if (!enters) {
-          if (team.rank == 0) passive[entering] = 0;
+        if (fresh && !(s[entering] > 0)) {
           team.sync();
-          factor(team);
+          if (team.rank == 0) {
+            passive[entering] = 0;
+            blocked[entering] = 1;
+          }
+          team.sync();
+          entering = -1;
+          fresh = false;
+          continue;
         }
-      }
-      if (!enters) {
-        if (team.rank == 0) blocked[entering] = 1;
+        fresh = false;
+        if (step_back(team)) continue;
+        FASTCL_ROLLED
+        for (int i = team.rank; i < n; i += team.size) {
+          u[i] = s[i];
+          blocked[i] = 0;
+        }
         team.sync();
-        continue;
       }
-      while (step_back(team)) {
+      for (entering = -1; entering < 0;) {
+        if (steps-- == 0) return;
+        entering = steepest(team);
+        if (entering < 0) return;
+        const bool dependent = !(inverse[entering * row_of(n) + entering] > 16 * n * kRoundoff);
+        if (team.rank == 0) (dependent ? blocked : passive)[entering] = 1;
+        team.sync();
+        if (dependent) entering = -1;
       }
-      for (int i = team.rank; i < n; i += team.size) {
-        u[i] = s[i];
-        blocked[i] = 0;
-      }
-      team.sync();
+      fresh = true;
     }
   }
 };
 
 // Doubles and ints that gem_coefficients works in.
-constexpr int64_t gem_workspace_doubles(int k) { return int64_t(2) * k * k + NonnegativeQP::kVectors * k; }
-constexpr int64_t gem_workspace_ints(int k) { return int64_t(NonnegativeQP::kFlags) * k; }
+constexpr FASTCL_HD int64_t gem_workspace_doubles(int k) { return int64_t(2) * k * NonnegativeQP::row_of(k) + NonnegativeQP::kVectors * k; }
+constexpr FASTCL_HD int64_t gem_workspace_ints(int k) { return int64_t(NonnegativeQP::kFlags) * k; }
 
 // GEM's coefficients from the Gram matrix [k + 1, k + 1] of the memories and, last, the gradient.
 // out: [violated, v_0 ... v_k-1, G_0 . g ... G_k-1 . g]; zeros for v if nothing is violated, NaN if the products are no longer numbers.
 template <class Team>
 FASTCL_HD void gem_coefficients(const double* products, int k, double margin, double ridge, double* out, double* doubles, int* ints,
                                 const Team& team) {
-  bool violated = false, numbers = true;
-  for (int i = 0; i < k; ++i) {
-    violated = violated || !(products[i * (k + 1) + k] >= 0) || !(products[i * (k + 1) + i] < INFINITY);
-    for (int j = 0; j <= k; ++j) numbers = numbers && fabs(products[i * (k + 1) + j]) < INFINITY;
+  const int width = NonnegativeQP::row_of(k);
+  constexpr int kViolated = 1, kNumbers = 2;
+  FASTCL_ROLLED
+  for (int i = team.rank; i < k; i += team.size) {
+    const double* row = products + i * (k + 1);
+    bool numbers = true;
+    for (int j = 0; j <= k; ++j) numbers &= fabs(row[j]) < INFINITY;
+    ints[i] = (row[k] >= 0 && row[i] < INFINITY ? 0 : kViolated) | (numbers ? kNumbers : 0);
   }
-  double* vectors = doubles + 2 * k * k;
-  const NonnegativeQP qp{k,    doubles, doubles + k * k, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k,
-                         ints, ints + k};
+  team.sync();
+  bool violated = false, numbers = true;
+  FASTCL_ROLLED
+  for (int i = 0; i < k; ++i) {
+    violated |= (ints[i] & kViolated) != 0;
+    numbers &= (ints[i] & kNumbers) != 0;
+  }
+  team.sync();
+  double* vectors = doubles + 2 * k * width;
+  const NonnegativeQP qp{
+      k,    doubles, doubles + k * width, vectors, vectors + k, vectors + 2 * k, vectors + 3 * k, vectors + 4 * k, vectors + 5 * k,
+      ints, ints + k};
   if (violated && numbers) {
-    const auto scale = [&](int i) {
+    FASTCL_ROLLED
+    for (int i = team.rank; i < k; i += team.size) {
       const double d = products[i * (k + 1) + i] + ridge;
-      return d > 0 ? 1 / sqrt(d) : 0;
-    };
+      qp.scale[i] = d > 0 ? 1 / sqrt(d) : 0;
+    }
+    team.sync();
     // u = v - margin turns the bound into u >= 0 and the linear term into b + margin Q 1.
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) {
       double sum = 0;
       for (int j = 0; j < k; ++j) {
         const double element = products[i * (k + 1) + j] + (i == j ? ridge : 0);
         sum += element;
-        qp.q[i * k + j] = i == j ? (element > 0 ? 1 : 0) : scale(i) * element * scale(j);
+        qp.q[i * width + j] = i == j ? (element > 0 ? 1 : 0) : qp.scale[i] * element * qp.scale[j];
       }
-      qp.p[i] = scale(i) * (products[i * (k + 1) + k] + margin * sum);
+      qp.p[i] = qp.scale[i] * (products[i * (k + 1) + k] + margin * sum);
     }
     team.sync();
     qp.solve(team);
-    for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + scale(i) * qp.u[i];
+    FASTCL_ROLLED
+    for (int i = team.rank; i < k; i += team.size) out[1 + i] = margin + qp.scale[i] * qp.u[i];
   } else {
+    FASTCL_ROLLED
     for (int i = team.rank; i < k; i += team.size) out[1 + i] = violated ? NAN : 0.0;
   }
+  FASTCL_ROLLED
   for (int i = team.rank; i < k; i += team.size) out[1 + k + i] = products[i * (k + 1) + k];
   if (team.rank == 0) out[0] = violated ? 1 : 0;
 }

@@ -182,57 +182,99 @@ double chunk_update(const Item& item, int64_t chunk) {
   return sum;
 }
 
-}  // namespace
-
-double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool) {
-  const int heads = int(grads_by_head.size());
+// All tensors that have elements, and the chunks of all of them as one range.
+struct Plan {
   std::vector<Item> items;
+  std::vector<size_t> places;  // of the items in the lists
   int64_t chunks = 0, numel = 0;
-  for (size_t i = 0; i < accumulated.size(); ++i) {
-    const View& a = accumulated[i];
-    const int64_t n = a.numel();
-    if (n == 0) continue;
-    Item item{&a, {}, n, (n + kChunk - 1) / kChunk, chunks, a.dtype == DType::f64, {}, {}, {}};
-    std::vector<const View*> views{&a};
-    for (const Views& head : grads_by_head) {
-      item.grads.push_back(&head[i]);
-      item.in_double |= head[i].dtype == DType::f64;
-      item.shifts.push_back(first_element(head[i]));
-      views.push_back(&head[i]);
-    }
-    item.layout = coalesce(views.data(), heads + 1);
-    chunks += item.chunks;
-    numel += n;
-    items.push_back(std::move(item));
-  }
-  const auto item_of = [&](int64_t chunk) -> const Item& {
-    return *(std::upper_bound(items.begin(), items.end(), chunk, [](int64_t at, const Item& i) { return at < i.first_chunk; }) - 1);
-  };
+  int heads;
 
-  std::vector<Moments> parts(size_t(chunks) * heads);
-  pool.each(chunks, 1, [&](int64_t begin, int64_t end) {
+  Plan(const Views& accumulated, const std::vector<Views>& grads_by_head) : heads(int(grads_by_head.size())) {
+    for (size_t i = 0; i < accumulated.size(); ++i) {
+      const View& a = accumulated[i];
+      const int64_t n = a.numel();
+      if (n == 0) continue;
+      Item item{&a, {}, n, (n + kChunk - 1) / kChunk, chunks, a.dtype == DType::f64, {}, {}, {}};
+      std::vector<const View*> views{&a};
+      for (const Views& head : grads_by_head) {
+        item.grads.push_back(&head[i]);
+        item.in_double |= head[i].dtype == DType::f64;
+        item.shifts.push_back(first_element(head[i]));
+        views.push_back(&head[i]);
+      }
+      item.layout = coalesce(views.data(), heads + 1);
+      chunks += item.chunks;
+      numel += n;
+      items.push_back(std::move(item));
+      places.push_back(i);
+    }
+  }
+
+  const Item& item_of(int64_t chunk) const {
+    return *(std::upper_bound(items.begin(), items.end(), chunk, [](int64_t at, const Item& i) { return at < i.first_chunk; }) - 1);
+  }
+};
+
+// First sweep: every item's moments.
+void measure(Plan& plan, const Pool& pool) {
+  const int heads = plan.heads;
+  std::vector<Moments> parts(size_t(plan.chunks) * heads);
+  pool.each(plan.chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const Item& item = item_of(c);
+      const Item& item = plan.item_of(c);
       for (int h = 0; h < heads; ++h) parts[c * heads + h] = chunk_moments(item, h, c - item.first_chunk);
     }
   });
-  for (Item& item : items) {
+  for (Item& item : plan.items) {
     item.moments.assign(heads, {0, 0, 0});
     for (int64_t c = item.first_chunk; c < item.first_chunk + item.chunks; ++c)
       for (int h = 0; h < heads; ++h) item.moments[h] = combine(item.moments[h], parts[c * heads + h]);
   }
+}
 
-  std::vector<double> sums(chunks);
-  pool.each(chunks, 1, [&](int64_t begin, int64_t end) {
+// Second sweep: from every item's moments the importance. Returns the mean of what then is stored.
+double update(const Plan& plan, const Pool& pool) {
+  std::vector<double> sums(plan.chunks);
+  pool.each(plan.chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const Item& item = item_of(c);
+      const Item& item = plan.item_of(c);
       const int64_t own = c - item.first_chunk;
       sums[c] = item.in_double ? chunk_update<double>(item, own) : chunk_update<float>(item, own);
     }
   });
   double total = 0;
   for (double s : sums) total += s;
-  return numel > 0 ? total / double(numel) : 0;
+  return plan.numel > 0 ? total / double(plan.numel) : 0;
+}
+
+}  // namespace
+
+double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool) {
+  Plan plan(accumulated, grads_by_head);
+  measure(plan, pool);
+  return update(plan, pool);
+}
+
+void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Pool& pool) {
+  Plan plan(accumulated, grads_by_head);
+  measure(plan, pool);
+  std::fill_n(rows, accumulated.size() * grads_by_head.size(), Statistics{0, {0, 0, 0}});
+  for (size_t i = 0; i < plan.items.size(); ++i)
+    for (int h = 0; h < plan.heads; ++h)
+      rows[h * accumulated.size() + plan.places[i]] = {plan.items[i].shifts[h], plan.items[i].moments[h]};
+}
+
+double spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, const Pool& pool) {
+  Plan plan(accumulated, grads_by_head);
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    Item& item = plan.items[i];
+    for (int h = 0; h < plan.heads; ++h) {
+      const Statistics& row = rows[h * accumulated.size() + plan.places[i]];
+      item.shifts[h] = row.shift;
+      item.moments.push_back(row.moments);
+    }
+  }
+  return update(plan, pool);
 }
 
 }  // namespace fastcl::cpu

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/importance.h"
 #include "core/parallel.h"
 #include "core/view.h"
 
@@ -14,6 +15,11 @@ void emax_(const Views& importance, const Views& fresh, const Pool& pool);
 
 // Returns the mean of accumulated after the update; 0 if there is no element.
 double spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Pool& pool);
+
+// The two sweeps of spg_importance_ apart, for tensors that are shards: rows[head][tensor] are this part's moments, and later the whole
+// tensor's. A row of a tensor without elements is zero.
+void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Pool& pool);
+double spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, const Pool& pool);
 
 // Dot product over all tensors, in a fixed order.
 double grad_dot(const Views& a, const Views& b, const Pool& pool);

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "core/dtypes.h"
+#include "cuda/block.cuh"
 #include "cuda/multi_tensor.cuh"
 #include "cuda/ops.h"
 
@@ -17,26 +18,6 @@ struct Range {
   int64_t first, count;
 };
 static_assert(sizeof(Range) == 2 * sizeof(double), "the workspace counts in doubles");
-
-FASTCL_HD double combine(double a, double b) { return a + b; }
-
-__device__ double shifted_down(double x, int step) { return __shfl_down_sync(0xffffffffu, x, step); }
-__device__ Moments shifted_down(const Moments& m, int step) {
-  return {shifted_down(m.count, step), shifted_down(m.mean, step), shifted_down(m.m2, step)};
-}
-
-// Thread 0 gets all threads' parts, combined as a tree in each warp and then warp by warp.
-template <int threads, class T>
-__device__ T combine_block(T part) {
-  __shared__ T warps[threads / 32];
-  FASTCL_UNROLL
-  for (int step = 16; step > 0; step /= 2) part = combine(part, shifted_down(part, step));
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < threads / 32; ++w) part = combine(part, warps[w]);
-  return part;
-}
 
 // An item is one head's gradient of one tensor. Its chunks are counted, like the items, over the launches of all dtypes.
 template <class G, class P>
@@ -119,20 +100,60 @@ void launch_update(const Part& part, const Statistics* items, double* sums, cons
       kName, stream, part.list, items, sums, part.first_chunk);
 }
 
-}  // namespace
-
-void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean, const Workspace& workspace,
-                     const Stream& stream) {
-  const size_t heads = grads_by_head.size();
+// The launches of both sweeps. An item is a head's gradient of a tensor with elements; items are counted tensor by tensor within a head.
+struct Plan {
   std::map<DType, Part> moments;
   std::map<UpdateKey, Part> updates;
-  int64_t items = 0;
+  size_t heads;
+  int64_t items = 0, parts = 0, sums = 0;
   double numel = 0;
-  std::vector<int64_t> notes;
-  std::vector<const View*> views;
-  for (size_t i = 0; i < accumulated.size(); ++i) {
+
+  Plan(const Views& accumulated, const std::vector<Views>& grads_by_head) : heads(grads_by_head.size()) {
+    int64_t tensors = 0;
+    for (const View& a : accumulated) tensors += a.numel() > 0;
+    items = tensors * int64_t(heads);
+    int64_t tensor = 0;
+    for (size_t i = 0; i < accumulated.size(); ++i)
+      if (accumulated[i].numel() > 0) add(accumulated, grads_by_head, i, tensor++, tensors);
+    parts = count_chunks(moments);
+    sums = count_chunks(updates);
+  }
+
+  void measure(Statistics* part_statistics, Range* ranges, Statistics* item_statistics, const Stream& stream) const {
+    for (const auto& [dtype, part] : moments)
+      with_floating(dtype, [&, &part = part](auto g) {
+        using G = typename decltype(g)::type;
+        PacketKernel<Statistics*, int64_t, Range*>{moments_kernel<G, SmallPacket>, moments_kernel<G, LargePacket>}.run(
+            kName, stream, part.list, part_statistics, part.first_chunk, ranges);
+      });
+    if (items > 0) launch(kName, stream, items, kCombineThreads, combine_kernel, part_statistics, ranges, item_statistics);
+  }
+
+  void update(const Statistics* item_statistics, double* block_sums, double* mean, const Stream& stream) const {
+    // The sums of the last group of heads count: it sees what the others have stored.
+    int64_t first_sum = 0;
+    for (const auto& [key, part] : updates) {
+      if (key.first_head + kMaxHeads < heads) first_sum = part.first_chunk + part.chunks;
+      with_stored(key.stored, [&, &part = part, &key = key](auto s) {
+        using S = typename decltype(s)::type;
+        if constexpr (std::is_same_v<S, double>) {
+          launch_update<S, double>(part, item_statistics, block_sums, stream);
+        } else if (key.in_double) {
+          launch_update<S, double>(part, item_statistics, block_sums, stream);
+        } else {
+          launch_update<S, float>(part, item_statistics, block_sums, stream);
+        }
+      });
+    }
+    launch(kName, stream, 1, kThreads, mean_kernel, block_sums + first_sum, sums - first_sum, std::max(numel, 1.0), mean);
+  }
+
+ private:
+  std::vector<int64_t> notes_;
+  std::vector<const View*> views_;
+
+  void add(const Views& accumulated, const std::vector<Views>& grads_by_head, size_t i, int64_t tensor, int64_t tensors) {
     const View& a = accumulated[i];
-    if (a.numel() == 0) continue;
     numel += double(a.numel());
     bool in_double = a.dtype == DType::f64;
     for (const Views& head : grads_by_head) in_double |= head[i].dtype == DType::f64;
@@ -140,52 +161,51 @@ void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_b
     // rounded values is the rounded maximum.
     for (size_t first = 0; first < std::max<size_t>(heads, 1); first += kMaxHeads) {
       const size_t last = std::min(heads, first + kMaxHeads);
-      views.assign(1, &a);
-      notes.assign(1, 0);
+      views_.assign(1, &a);
+      notes_.assign(1, 0);
       for (size_t h = first; h < last; ++h) {
         const View& g = grads_by_head[h][i];
         const View* alone[] = {&g};
-        if (const char* reason = list_of(moments, g.dtype, 1).add(alone, 16 / int(size_of(g.dtype)), &items))
+        const int64_t item = int64_t(h) * tensors + tensor;
+        if (const char* reason = list_of(moments, g.dtype, 1).add(alone, 16 / int(size_of(g.dtype)), &item))
           throw Refusal(("grads_by_head[" + std::to_string(h) + "]").c_str(), i, reason);
-        views.push_back(&g);
-        notes.push_back(update_note(items++, g.dtype));
+        views_.push_back(&g);
+        notes_.push_back(update_note(item, g.dtype));
       }
       List& list = list_of(updates, UpdateKey{first, a.dtype, in_double}, int(1 + last - first));
-      if (const char* reason = list.add(views.data(), kUpdateRun, notes.data())) throw Refusal("accumulated", i, reason);
+      if (const char* reason = list.add(views_.data(), kUpdateRun, notes_.data())) throw Refusal("accumulated", i, reason);
     }
   }
+};
 
-  const int64_t parts = count_chunks(moments), sums_count = count_chunks(updates);
-  double* memory = workspace(4 * parts + 4 * items + 2 * items + sums_count);
+}  // namespace
+
+void spg_importance_(const Views& accumulated, const std::vector<Views>& grads_by_head, double* mean, const Workspace& workspace,
+                     const Stream& stream) {
+  const Plan plan(accumulated, grads_by_head);
+  double* memory = workspace(4 * plan.parts + 4 * plan.items + 2 * plan.items + plan.sums);
   auto* part_statistics = reinterpret_cast<Statistics*>(memory);
-  auto* item_statistics = part_statistics + parts;
-  auto* ranges = reinterpret_cast<Range*>(item_statistics + items);
-  double* sums = reinterpret_cast<double*>(ranges + items);
-
+  auto* item_statistics = part_statistics + plan.parts;
+  auto* ranges = reinterpret_cast<Range*>(item_statistics + plan.items);
   const DeviceGuard guard(stream, kName);
-  for (const auto& [dtype, part] : moments)
-    with_floating(dtype, [&, &part = part](auto g) {
-      using G = typename decltype(g)::type;
-      PacketKernel<Statistics*, int64_t, Range*>{moments_kernel<G, SmallPacket>, moments_kernel<G, LargePacket>}.run(
-          kName, stream, part.list, part_statistics, part.first_chunk, ranges);
-    });
-  if (items > 0) launch(kName, stream, items, kCombineThreads, combine_kernel, part_statistics, ranges, item_statistics);
-  // The sums of the last group of heads count: it sees what the others have stored.
-  int64_t first_sum = 0;
-  for (const auto& [key, part] : updates) {
-    if (key.first_head + kMaxHeads < heads) first_sum = part.first_chunk + part.chunks;
-    with_stored(key.stored, [&, &part = part, &key = key](auto s) {
-      using S = typename decltype(s)::type;
-      if constexpr (std::is_same_v<S, double>) {
-        launch_update<S, double>(part, item_statistics, sums, stream);
-      } else if (key.in_double) {
-        launch_update<S, double>(part, item_statistics, sums, stream);
-      } else {
-        launch_update<S, float>(part, item_statistics, sums, stream);
-      }
-    });
-  }
-  launch(kName, stream, 1, kThreads, mean_kernel, sums + first_sum, sums_count - first_sum, std::max(numel, 1.0), mean);
+  plan.measure(part_statistics, ranges, item_statistics, stream);
+  plan.update(item_statistics, reinterpret_cast<double*>(ranges + plan.items), mean, stream);
+}
+
+void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Workspace& workspace,
+                 const Stream& stream) {
+  const Plan plan(accumulated, grads_by_head);
+  auto* part_statistics = reinterpret_cast<Statistics*>(workspace(4 * plan.parts + 2 * plan.items));
+  const DeviceGuard guard(stream, kName);
+  plan.measure(part_statistics, reinterpret_cast<Range*>(part_statistics + plan.parts), rows, stream);
+}
+
+void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean,
+                 const Workspace& workspace, const Stream& stream) {
+  const Plan plan(accumulated, grads_by_head);
+  double* sums = workspace(plan.sums);
+  const DeviceGuard guard(stream, kName);
+  plan.update(rows, sums, mean, stream);
 }
 
 }  // namespace fastcl::cuda

@@ -17,12 +17,21 @@ struct Same {
 };
 
 template <class... Parameters>
+void launch_shared(const char* op, const Stream& stream, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(Parameters...),
+                   const typename Same<Parameters>::type&... parameters) {
+  // More than 48 KB have to be asked for.
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), op);
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), addresses,
+                         size_t(shared_bytes), static_cast<cudaStream_t>(stream.handle)),
+        op);
+}
+
+template <class... Parameters>
 void launch(const char* op, const Stream& stream, int64_t blocks, int threads, void (*kernel)(Parameters...),
             const typename Same<Parameters>::type&... parameters) {
-  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), addresses, 0,
-                         static_cast<cudaStream_t>(stream.handle)),
-        op);
+  launch_shared(op, stream, blocks, threads, 0, kernel, parameters...);
 }
 
 // The two instances of a kernel whose first parameter is a packet.
@@ -32,11 +41,18 @@ struct PacketKernel {
   void (*large)(LargePacket, Parameters...);
 
   void run(const char* op, const Stream& stream, const List& list, const Parameters&... parameters) const {
+    run_blocks(op, stream, list, 0, [](const List::Launch& part) { return part.chunks; }, parameters...);
+  }
+
+  // With another number of blocks than one per chunk, and dynamic shared memory.
+  template <class Blocks>
+  void run_blocks(const char* op, const Stream& stream, const List& list, int64_t shared_bytes, const Blocks& blocks,
+                  const Parameters&... parameters) const {
     for (const List::Launch& part : list.launches(LargePacket::max_tensors, LargePacket::max_words)) {
       if (part.last - part.first <= size_t(SmallPacket::max_tensors) && part.words <= size_t(SmallPacket::max_words)) {
-        run_part(op, stream, small, list, part, parameters...);
+        run_part(op, stream, small, list, part, shared_bytes, blocks(part), parameters...);
       } else {
-        run_part(op, stream, large, list, part, parameters...);
+        run_part(op, stream, large, list, part, shared_bytes, blocks(part), parameters...);
       }
     }
   }
@@ -44,10 +60,10 @@ struct PacketKernel {
  private:
   template <class P>
   void run_part(const char* op, const Stream& stream, void (*kernel)(P, Parameters...), const List& list, const List::Launch& part,
-                const Parameters&... parameters) const {
+                int64_t shared_bytes, int64_t blocks, const Parameters&... parameters) const {
     P packet;
     list.fill(part, packet);
-    launch(op, stream, part.chunks, kThreads, kernel, packet, parameters...);
+    launch_shared(op, stream, blocks, kThreads, shared_bytes, kernel, packet, parameters...);
   }
 };
 

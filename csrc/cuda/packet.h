@@ -16,7 +16,7 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;  // of one launch
 
 // An entry is: numel, form, one address per operand, in some lists one note per operand, and for a walked entry per dimension, innermost
 // first, its size and the stride of every operand. Forms:
-//   dense   all operands contiguous (or of one dense layout), aligned for vectors; kOne: the second operand is a single value
+//   dense   all operands contiguous (or of one dense layout), aligned for vectors; kOne: the second operand is a single value (no notes)
 //   walked  everything else; kVectors: runs of V elements are contiguous and aligned in every operand that moves along them
 constexpr int64_t kDimsMask = 0xff, kVectors = 0x100, kOne = 0x200;
 constexpr int kNumel = 0, kForm = 1, kAddress = 2;
@@ -170,7 +170,7 @@ class List {
   }
 
   int64_t form(const View* const* views, const Layout& layout, int run) const {
-    const bool one = operands_ == 2 && layout.stride(0)[1] == 0;
+    const bool one = operands_ == 2 && notes_ == 0 && layout.stride(0)[1] == 0;  // kernels with notes have no path for it
     bool along = layout.stride(0)[0] == 1 && is_aligned(*views[0], run);
     for (int o = 1; o < operands_; ++o) {
       const int64_t stride = layout.stride(0)[o];

@@ -184,12 +184,6 @@ FASTCL_HD void pair_thread(const P& p, uint32_t block, int thread, const Op& op)
 
 constexpr int64_t kSpgChunk = 16384;
 
-struct Statistics {
-  double shift;
-  Moments moments;
-};
-static_assert(sizeof(Statistics) == 4 * sizeof(double), "the workspace counts in doubles");
-
 // Why plain double precision: the rule is an error of at most twice torch's, and for a tensor whose first element lies far from the others
 // even one float rounding of g - shift can break it. The cost per element is one conversion and about six double operations (two passes
 // over sixteen elements in registers, their moments then combined); on data-centre GPUs, which do double at half rate, that hides behind

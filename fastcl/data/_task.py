@@ -1,4 +1,4 @@
-"""A task of a stream, and batches of tensors."""
+"""A data set, a task of a stream, and batches of tensors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,26 @@ class Batches:
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """Training and test data as tensors: inputs [n, ...] in float32, targets [n] in int64 from 0 to ``classes - 1``."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+@dataclass(frozen=True)
 class Task:
-    """One task: inputs [n, ...] in float32, targets [n] in int64 from 0 to ``classes - 1``."""
+    """One task: inputs [n, ...] in float32, targets [n] in int64 from 0 to ``classes - 1``.
+
+    ``classes`` is the number of outputs that one head needs: all classes of the stream where one head serves every task (class- and
+    domain-incremental), the task's own where each task has a head (task-incremental).
+
+    ``labels`` are the data set's class labels that occur in the task, in order; all of ``range(classes)`` unless given. In a
+    class-incremental stream the targets are these labels; with task-local targets, target ``i`` stands for ``labels[i]``.
+    """
 
     name: str
     classes: int
@@ -52,6 +70,11 @@ class Task:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            object.__setattr__(self, "labels", tuple(range(self.classes)))
 
     def train(self, batch_size: int, generator: torch.Generator | None = None) -> Batches:
         """Batches of the training data."""

@@ -1,4 +1,4 @@
-"""Streams made of scikit-learn's digits: 1797 images of 8 x 8 pixels, ten classes, part of scikit-learn itself."""
+"""scikit-learn's digits: 1797 images of 8 x 8 pixels, ten classes, part of scikit-learn itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from fastcl.data._task import Task
+from fastcl.data._task import Dataset, Task
+from fastcl.data.compose import permuted
 
 SPLIT_SEED = 0
 TEST_FRACTION = 0.25
@@ -32,29 +33,36 @@ def _digits(validation: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[0], y[0], x[1], y[1]
 
 
-def permuted_digits(tasks: int = 5, seed: int = 0, *, validation: bool = False) -> list[Task]:
-    """Permuted-Digits: every task is all ten digits under a pixel permutation of its own, as Permuted-MNIST does it.
+def load_digits(*, validation: bool = False) -> Dataset:
+    """The digits, pixel / 16 in [0, 1], inputs [n, 64], in a fixed split.
 
-    Task 0 has the pixels in their place, every other task a random permutation drawn from ``seed``. Inputs are [n, 64], pixel / 16 in
-    [0, 1]. The split into 1347 training and 450 test images (75/25, stratified by class, ``train_test_split`` with ``random_state=0``)
-    is the same for every task and seed.
+    1347 training and 450 test images: 75/25, stratified by class, ``train_test_split`` with ``random_state=0``.
 
     Args:
-        tasks: number of tasks, at least 1.
-        seed: of the permutations.
         validation: for tuning: the 1347 training images are split once more the same way, into 1010 and 337, and the ``test`` tensors
             hold those 337; the real test images are not touched.
 
     Raises:
         ImportError: scikit-learn is missing.
+    """
+    train_x, train_y, test_x, test_y = (t.clone() for t in _digits(validation))
+    return Dataset(train_x, train_y, test_x, test_y, classes=10)
+
+
+def permuted_digits(tasks: int = 5, seed: int = 0, *, validation: bool = False) -> list[Task]:
+    """Permuted-Digits: every task is all ten digits under a pixel permutation of its own, as Permuted-MNIST does it.
+
+    Inputs are [n, 64]. The permutations are those of :func:`fastcl.data.permuted`, the split is that of
+    :func:`fastcl.data.load_digits`, the same for every task and seed.
+
+    Args:
+        tasks: number of tasks, at least 1.
+        seed: of the permutations.
+        validation: the test tensors hold a part of the training images instead; see :func:`fastcl.data.load_digits`.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        TypeError: a number of tasks that is no int.
         ValueError: fewer than one task.
     """
-    if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
-    train_x, train_y, test_x, test_y = _digits(validation)
-    generator = torch.Generator().manual_seed(seed)
-    stream = []
-    for t in range(tasks):
-        order = torch.randperm(64, generator=generator) if t else torch.arange(64)
-        stream.append(Task(f"permutation {t}", 10, train_x[:, order], train_y.clone(), test_x[:, order], test_y.clone()))
-    return stream
+    return permuted(load_digits(validation=validation), tasks, seed)

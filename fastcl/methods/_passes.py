@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.methods import _distributed
 from fastcl.methods._model import Slot
 
 Forward = Callable[[nn.Module, Any, int], Tensor]
@@ -44,30 +45,45 @@ def zeros_to_sum_into(slots: Sequence[Slot]) -> list[Tensor]:
 
 
 def sum_gradients(
-    totals: Sequence[Tensor], slots: Sequence[Slot], loader: Iterable[tuple[Any, Any]], logits_of: Callable[[Any], Tensor], loss: Loss
+    model: nn.Module,
+    totals: Sequence[Tensor],
+    slots: Sequence[Slot],
+    loader: Iterable[tuple[Any, Any]],
+    logits_of: Callable[[Any], Tensor],
+    loss: Loss,
 ) -> int:
     """Overwrite ``totals`` with the signed sum over the batches of the gradient of ``loss(logits_of(x), y)``; missing ones count as 0.
 
     Returns the number of batches. Raises as :meth:`fastcl.methods.SPG.end_task` says.
     """
     trained = [(total.zero_(), p) for total, slot in zip(totals, slots, strict=True) if (p := slot.parameter()).requires_grad]
+    wanted, everything = [p for _, p in trained], list(model.parameters())
     device = slots[0].parameter().device
+    joined = _distributed.joins_in_backward(model)
+    if joined:
+        _distributed.check_hooks(slots)
     batches = 0
     for batch in loader:
         x, y = (_usable(part, device) for part in _pair(batch))
         output = _scalar(loss(_logits(logits_of(x)), y))
         if trained and not output.requires_grad:
             raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
-        # Not backward(): hooks that step an optimizer as soon as a gradient arrives must not run here.
-        grads = torch.autograd.grad(output, [p for _, p in trained], allow_unused=True) if trained else ()
+        grads: Sequence[Tensor | None] = ()
+        if trained and joined:
+            grads = _distributed.gradients(output, everything, wanted)
+        elif trained:
+            # Not backward(): hooks that step an optimizer as soon as a gradient arrives must not run here.
+            grads = torch.autograd.grad(output, wanted, allow_unused=True)
         with torch.no_grad():
             for (total, _), grad in zip(trained, grads, strict=True):
                 if grad is not None:
                     total.add_(grad)
         batches += 1
-    for total, slot in zip(totals, slots, strict=True):
-        if not bool(total.isfinite().all()):
-            raise ValueError(f"the gradient of {slot.name!r}, summed over the loader, has a NaN or an Inf; importance needs finite ones")
+    failing = _distributed.first_failing(totals, torch.isfinite)
+    if failing is not None:
+        raise ValueError(
+            f"the gradient of {slots[failing].name!r}, summed over the loader, has a NaN or an Inf; importance needs finite ones"
+        )
     return batches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl.methods import _checkpoint
+from fastcl.methods import _checkpoint, _distributed
 from fastcl.methods._model import Slot, check_unchanged, some, split
 from fastcl.methods._passes import Forward, Loss, sum_gradients, training_passes, zeros_to_sum_into
 from fastcl.ops._checks import STORED, unit_interval
@@ -52,6 +53,10 @@ class SPG:
     which hardly ever acts; that is left out. The rule protects against the gradient alone: use plain SGD, as the authors do, since
     momentum, weight decay or Adam's scaling move weights whose gradient is masked to 0.
 
+    The paper defines SPG for task-incremental learning. With ``shared=True`` one head serves every task, so that the rule can be compared
+    in class- and domain-incremental streams: all the ``tau`` name that head, and the passes of CHI for ``tau < t`` are then one pass.
+    Nothing protects the old outputs of a shared head beyond the factor ``1 - strength * mean(a)``.
+
     Example::
 
         spg = SPG(model, heads=model.heads)                  # model(x, task) -> logits
@@ -65,6 +70,10 @@ class SPG:
             spg.end_task(loader, loss_fn)
             spg.save("spg.safetensors")
 
+    Distributed training: pass the DistributedDataParallel module itself as ``model`` (heads: ``model.module.heads``), or a model on which
+    ``fully_shard`` (FSDP2) was called, and call every method on every rank, with as many batches on each. Importance then comes from the
+    gradients that the ranks have averaged, and is sharded as the parameters are.
+
     Args:
         model: the module that holds feature extractor and heads. Every parameter that requires grad and belongs to no head is part of
             the feature extractor. Modules may not be replaced, added or unfrozen afterwards (:meth:`end_task` checks it).
@@ -73,11 +82,12 @@ class SPG:
         strength: number in [0, 1]; 1 is the paper's rule, 0 no protection.
         dtype: of the stored importance: float64, float32, bfloat16, float16, or uint8 (``a = u / 255``, rounded up so that protection
             never weakens). It lives on the device of its parameter and follows it when the model is moved.
+        shared: ``heads`` holds the one head of any number of tasks; ``head_index`` is then always 0.
 
     Raises:
-        TypeError: a model, heads, strength, parameter or dtype of a wrong kind.
-        ValueError: no head, a head that is not inside ``model`` or given twice, parameters shared between heads or with the feature
-            extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
+        TypeError: a model, heads, strength, parameter, dtype or ``shared`` of a wrong kind.
+        ValueError: no head, several with ``shared``, a head that is not inside ``model`` or given twice, parameters shared between heads
+            or with the feature extractor, no trainable parameter in the feature extractor, a strength outside [0, 1].
     """
 
     def __init__(
@@ -88,16 +98,23 @@ class SPG:
         forward: Forward | None = None,
         strength: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        shared: bool = False,
     ) -> None:
         if dtype not in STORED:
             raise TypeError(f"dtype is {dtype}; accepted are {', '.join(map(str, STORED))}")
         if forward is not None and not callable(forward):
             raise TypeError(f"forward must be a function (model, x, head_index) -> logits, got {type(forward).__name__}")
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be True or False, got {type(shared).__name__}")
         self._strength = unit_interval("strength", strength)
+        _distributed.prepare(model)
         self._features, self._of_heads = split(model, heads)
         self._slots = (*self._features, *self._of_heads)
+        if shared and len(heads) != 1:
+            raise ValueError(f"heads must hold one module, the head of all tasks, with shared=True; got {len(heads)}")
         self._model = model
-        self._heads = len(heads)
+        self._heads: float = math.inf if shared else len(heads)
+        self._shared = shared
         self._dtype = dtype
         self._forward: Forward = forward if forward is not None else _call_with_head
         self._state = self._new_state(0, self._zeros())
@@ -138,16 +155,17 @@ class SPG:
                 masks.append(mask)
         try:
             ops.soft_mask_(grads, masks, self._strength)
-        except ValueError:
-            # The op has written nothing. Looking for a moved model only now keeps that look out of every step.
+        except (TypeError, ValueError):
+            # The op has written nothing. Looking for a moved or sharded model only now keeps that look out of every step.
             if not self._follow():
                 raise
             self.after_backward()
 
     def end_task(self, loader: Iterable[tuple[Any, Any]], loss_fn: Loss) -> Tensor:
-        """Accumulate the importance of the task that has just been trained; its head is ``heads[tasks_seen]``.
+        """Accumulate the importance of the task that has just been trained; its head is ``heads[tasks_seen]``, or the shared one.
 
-        Runs ``loader`` once per head up to this one, with the model in train mode; autograd is switched on if the caller has it off.
+        Runs ``loader`` once per head up to this one (a shared head: twice from the second task on), with the model in train mode;
+        autograd is switched on if the caller has it off.
         Gradients are summed in float32 for bfloat16 and float16 parameters, else in the parameter's dtype; missing ones count as 0.
         Parameters, ``.grad``, buffers (BatchNorm's running statistics) and every module's mode are afterwards as they were; only the
         random number generators have advanced. An exception, the loader's and the loss's included, leaves this object as it was too.
@@ -174,26 +192,33 @@ class SPG:
                 f"loader is an iterator ({type(loader).__name__}), which can be read only once; end_task reads the data once per head: "
                 "pass a DataLoader or a list of batches"
             )
+        _distributed.prepare(self._model)
         check_unchanged(self._model, self._slots)
         self._follow()
         with training_passes(self._model):
             accumulated = [mask.clone() for mask in self._state.masks[: len(self._features)]]
             totals = zeros_to_sum_into(self._features)
-            for head in range(task + 1):
-                batches = self._sum_through(head, totals, loader, loss_fn if head == task else _sum_of_logits)
+            for number, (head, loss) in enumerate(self._passes(task, loss_fn)):
+                batches = self._sum_through(head, totals, loader, loss)
                 if not batches:
-                    again = " when it was read for the second time: it can be read only once" if head else ""
+                    again = " when it was read for the second time: it can be read only once" if number else ""
                     raise ValueError(f"loader gave no batch{again}; pass the task's training data as a DataLoader or a list of batches")
                 with torch.no_grad():
                     mean = ops.spg_importance_(accumulated, [totals])  # the maximum over heads, one head at a time
         self._state = self._new_state(task + 1, accumulated, mean)
         return mean
 
+    def _passes(self, task: int, loss_fn: Loss) -> list[tuple[int, Loss]]:
+        """The heads and objectives of a task's end; tasks that share a head share its CHI."""
+        if self._shared:
+            return [*[(0, _sum_of_logits)] * min(task, 1), (0, loss_fn)]
+        return [*((head, _sum_of_logits) for head in range(task)), (task, loss_fn)]
+
     def _sum_through(self, head: int, totals: list[Tensor], loader: Iterable[tuple[Any, Any]], loss: Loss) -> int:
         def logits_of(x: Any) -> Tensor:
             return self._forward(self._model, x, head)
 
-        return sum_gradients(totals, self._features, loader, logits_of, loss)
+        return sum_gradients(self._model, totals, self._features, loader, logits_of, loss)
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(slot.parameter(), dtype=self._dtype, requires_grad=False) for slot in self._features]
@@ -209,20 +234,28 @@ class SPG:
         return _State(tasks_seen, [*importance, *of_heads], mean)
 
     def _follow(self) -> bool:
-        """Move what is not where its parameter is; whether anything was."""
-        if all(mask.device == slot.parameter().device for slot, mask in zip(self._slots, self._state.masks, strict=True)):
+        """Move what is not where its parameter is, and shard it as its parameter is; whether anything was."""
+        devices = all(mask.device == slot.parameter().device for slot, mask in zip(self._slots, self._state.masks, strict=True))
+        pairs = [(mask, slot.parameter()) for slot, mask in zip(self._features, self._state.masks, strict=False)]
+        if devices and all(_distributed.laid_out(mask, p) for mask, p in pairs):
             return False
-        importance = [mask.to(slot.parameter().device) for slot, mask in zip(self._features, self._state.masks, strict=False)]
+        importance = [_distributed.lay_out(mask, p) for mask, p in pairs]
         self._state = self._new_state(self._state.tasks_seen, importance, self._state.mean.to(importance[0].device))
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the state: ``format``, ``version``, ``tasks_seen`` and ``importance`` (name to tensor, on the tensors' devices)."""
+        """Copies of the state: ``format``, ``version``, ``tasks_seen`` and ``importance`` (name to tensor, on the tensors' devices).
+
+        On a sharded model the importance consists of DTensors, sharded as the parameters are, like FSDP2's own ``state_dict()``.
+        """
         importance = {name: mask.clone() for name, mask in self.importance.items()}
         return {"format": FORMAT, "version": VERSION, "tasks_seen": self.tasks_seen, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of :meth:`state_dict`; the tensors are copied, to the devices and layouts of the parameters.
+        """Take over a state of :meth:`state_dict`; the tensors are copied, to the devices, layouts and shardings of the parameters.
+
+        Whole tensors (the same on every rank) and DTensors of any sharding are accepted, whatever the model's own is. On a sharded model
+        every rank calls it.
 
         Importance of another dtype is accepted and stored as :func:`fastcl.ops.emax_` stores it: a floating ``dtype`` rounds to nearest,
         uint8 rounds up, so that protection never weakens. Values outside [0, 1] and NaN are refused.
@@ -251,16 +284,22 @@ class SPG:
         for slot in self._features:
             _check_importance(slot, given[slot.name])
         importance = self._zeros()
-        ops.emax_(importance, [given[slot.name].detach().to(i.device) for slot, i in zip(self._features, importance, strict=True)])
+        values = [_distributed.lay_out(given[slot.name], i) for slot, i in zip(self._features, importance, strict=True)]
+        failing = _distributed.first_failing(values, _in_unit_interval)
+        if failing is not None:
+            raise ValueError(f"importance[{self._features[failing].name!r}] has values outside [0, 1], or NaN")
+        ops.emax_(importance, values)
         self._state = self._new_state(tasks_seen, importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors: importance by parameter name, format, version, tasks and a checksum in the header.
 
-        The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then still there.
+        On a sharded model every rank calls it; the tensors are gathered, and the first rank writes a file that fits the unsharded model
+        and any sharding of it. The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then
+        still there.
         """
         header = {"format": FORMAT, "version": str(VERSION), "tasks_seen": str(self.tasks_seen)}
-        _checkpoint.write(path, self.importance, header)
+        _distributed.once(self.importance, lambda whole: _checkpoint.write(path, whole, header), str(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the state of a file that :meth:`save` wrote, under the rules of :meth:`load_state_dict`.
@@ -299,5 +338,7 @@ def _check_importance(slot: Slot, value: Any) -> None:
         raise TypeError(f"importance[{slot.name!r}] has dtype {value.dtype}; accepted are {', '.join(map(str, STORED))}")
     if value.shape != shape:
         raise ValueError(f"importance[{slot.name!r}] has shape {tuple(value.shape)}, the parameter has {tuple(shape)}; they must be equal")
-    if value.dtype != torch.uint8 and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"importance[{slot.name!r}] has values outside [0, 1], or NaN")
+
+
+def _in_unit_interval(value: Tensor) -> Tensor:
+    return torch.ones_like(value, dtype=torch.bool) if value.dtype == torch.uint8 else (value >= 0) & (value <= 1)

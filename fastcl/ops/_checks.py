@@ -99,6 +99,8 @@ def same_shape(name: str, value: Sequence[Tensor], other_name: str, other: Seque
 def broadcasts(name: str, value: Sequence[Tensor], other_name: str, other: Sequence[Tensor]) -> None:
     """Each ``value`` broadcasts to ``other`` without enlarging it."""
     for i, (a, b) in enumerate(zip(value, other, strict=True)):
+        if a.shape == b.shape:
+            continue
         fits = a.dim() <= b.dim() and all(x in (1, y) for x, y in zip(reversed(a.shape), reversed(b.shape), strict=False))
         if not fits:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -15,20 +15,23 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
     SPG's and DAS's EMax (Konishi et al., ICML 2023, eq. 3; Ke et al., ICLR 2023, eq. 5). NaN propagates, as in torch.maximum.
     Floating storage rounds to nearest. uint8 stores the smallest ``u`` with ``u / 255 >= max(I, new)``, so that protection never
-    weakens; it saturates at 0 and 255, and NaN is stored as 255.
+    weakens; it saturates at 0 and 255, and NaN is stored as 255. DTensors as in :func:`fastcl.ops.soft_mask_`.
 
     Args:
         importance: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``I = u / 255``), any strides; written.
         new: one tensor per element of ``importance``, on its device, of its shape or broadcasting to it; the same dtypes.
 
     Raises:
-        TypeError: not a list of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
-            Nothing has been written then.
+        TypeError: not a list of dense tensors, a dtype that is not accepted, a plain tensor beside a DTensor, a Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, a written tensor that requires grad
+            while autograd records. Nothing has been written then.
     """
     if _dispatch.traced() or _dispatch.gate("emax_", importance, new) is _dispatch.REFUSED:
         _checks.listed("importance", importance)
         _checks.listed("new", new)
+        if _sharded.is_sharded(importance, new):
+            _sharded.elementwise(emax_, "importance", importance, "new", new)
+            return
         torch.ops.fastcl.emax_(importance, new)
 
 
@@ -66,6 +69,11 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     A tensor with a NaN or an Inf gets NaN in all its elements. Mean and variance are accumulated in float64 in a fixed order: the
     result does not depend on the number of threads.
 
+    Of DTensors mean, std and the returned mean are those of the whole tensors, over all ranks of the mesh, and do not depend on the number
+    of ranks beyond float64's rounding; each rank updates its own shard. Of what is replicated (a plain tensor in such a list too) one rank
+    counts. Two collectives, of some numbers per tensor; every rank of the mesh has to call the op, with gradients placed as
+    ``accumulated`` is.
+
     Args:
         accumulated: list of dense tensors, float64, float32, bfloat16, float16 or uint8 (``a = u / 255``, rounded up), any strides;
             written.
@@ -75,12 +83,12 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     Returns:
         The mean of ``accumulated`` over all elements of all tensors after the update: 0-d, float64, on the device of its first tensor
         (0 if there is no element). SPG scales the heads' gradients by ``1 -`` this value; it can be passed to :func:`soft_mask_` as it
-        is, without a host sync.
+        is, without a host sync. A plain tensor with the same bits on all ranks where the list holds DTensors.
 
     Raises:
-        TypeError: not lists of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a written tensor that requires grad while autograd records.
-            Nothing has been written then.
+        TypeError: not lists of dense tensors, a dtype that is not accepted, a plain tensor beside a DTensor, a Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, a written tensor that requires grad
+            while autograd records. Nothing has been written then.
     """
     _checks.listed("accumulated", accumulated)
     if not isinstance(grads_by_head, (list, tuple)):
@@ -89,6 +97,8 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
         name = f"grads_by_head[{h}]"
         _checks.listed(name, head)
         _checks.same_length(name, head, "accumulated", accumulated)
+    if _sharded.is_sharded(accumulated, *grads_by_head):
+        return _sharded_spg(accumulated, grads_by_head)
     mean: Tensor = torch.ops.fastcl.spg_importance_(accumulated, [g for head in grads_by_head for g in head], len(grads_by_head))
     return mean
 
@@ -136,3 +146,67 @@ _dispatch.define(
     implementation=_run_spg,
     fake=_fake_spg,
 )
+
+
+@_sharded.outside_graphs
+def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The op on shards: moments of what this rank holds, those of all ranks together, and with them this rank's second sweep."""
+    named = [(f"grads_by_head[{h}]", head) for h, head in enumerate(grads_by_head)]
+    mesh = _sharded.mesh_of(("accumulated", accumulated), *named)
+    _checks.not_recorded("accumulated", accumulated)
+    _checks.one_device(("accumulated", accumulated), *named)
+    for name, head in named:
+        _checks.same_shape(name, head, "accumulated", accumulated)
+        _sharded.check_matching(name, head, "accumulated", accumulated, one_element=False)
+    stored = [_dispatch.plain(t) for t in _sharded.shards(accumulated)]
+    heads = [[_dispatch.plain(t) for t in _sharded.shards(head)] for name, head in named]
+    _check_spg(stored, [g for head in heads for g in head], len(heads))
+    device = stored[0].device
+    counted = _sharded.counted(accumulated, mesh)
+    moments = _own_moments(stored, heads, counted)
+    if heads:
+        moments = _whole_moments(_sharded.all_gather(moments, mesh))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for counts in (True, False):
+        members = [i for i, t in enumerate(stored) if t.numel() and counted[i] == counts]
+        if members:
+            s, *columns = ([column[i] for i in members] for column in (stored, *heads))
+            mean = _dispatch.run("spg_update_", device, s, columns, [_rows(moments, members)])
+            if counts:
+                total += mean * sum(t.numel() for t in s)
+    _sharded.bump_versions(accumulated)
+    return _sharded.all_reduce_sum(total, mesh) / max(1, sum(t.numel() for t in accumulated))
+
+
+def _rows(moments: Tensor, members: Sequence[int]) -> Tensor:
+    columns = moments.unbind(1)
+    return torch.stack([columns[i] for i in members], 1)
+
+
+def _own_moments(stored: Sequence[Tensor], heads: Sequence[Sequence[Tensor]], counted: Sequence[bool]) -> Tensor:
+    """[heads, tensors, 4]; a row of zeros where this rank has nothing to count."""
+    none = torch.zeros(len(heads), 4, dtype=torch.float64, device=stored[0].device)
+    members = [i for i, t in enumerate(stored) if t.numel() and counted[i]]
+    columns = [none] * len(stored)
+    if members and heads:
+        s, *h = ([column[i] for i in members] for column in (stored, *heads))
+        rows = _dispatch.run_reading("spg_moments", none.device, s, h)
+        for i, row in zip(members, rows.unbind(1), strict=True):
+            columns[i] = row
+    return torch.stack(columns, 1)
+
+
+def _whole_moments(parts: Tensor) -> Tensor:
+    """From the moments of every rank's part, [ranks, heads, tensors, 4], those of the whole tensors.
+
+    They are relative to the first part's shift, as every part's are to its own: large means cancel before anything is squared.
+    """
+    shift, count, mean, m2 = parts.unbind(-1)
+    there = count > 0
+    first = there & (there.cumsum(0) == 1)
+    base = shift.where(first, 0).sum(0)
+    off = ((shift - base) + mean).where(there, 0)
+    elements = count.sum(0)
+    rest = (count * off).sum(0) / elements.clamp(min=1)
+    squares = (m2 + count * (off - rest) ** 2).where(there, 0).sum(0)
+    return torch.stack([base, elements, rest, squares], -1)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded, _sharded_projection
+from fastcl.ops._projection_operators import check_written
 
 MOST_MEMORIES = 64
 Gradients = Sequence[Tensor | None]
@@ -36,6 +37,10 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
     Products and sums are float64, summed in a fixed two-stage order: the same bits for any number of threads and from run to run.
     A pair in which one is None counts as zero. Not differentiable.
 
+    Of DTensors the product is that of the whole tensors: one sum over the ranks of the mesh, whose result has the same bits on all of them;
+    what is replicated counts once. Both lists have the same meshes and placements, none of them Partial. Every rank calls the op. So it is
+    in :func:`gram`, and in :func:`project_` and :func:`gem_project_`, which then update each rank's own shard.
+
     Args:
         a: list of dense tensors on one device, float64, float32, bfloat16 or float16, any strides; None for a missing gradient.
         b: one tensor per element of ``a``, of its shape; the same dtypes.
@@ -45,11 +50,13 @@ def grad_dot(a: Gradients, b: Gradients) -> Tensor:
 
     Raises:
         TypeError: not a list of dense tensors, or a dtype that is not accepted.
-        ValueError: lengths, shapes or devices that do not fit.
+        ValueError: lengths, shapes or devices that do not fit. Nothing is written in any case.
     """
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("grad_dot", a, a, b)
     if result is _dispatch.REFUSED:
         x, y = _paired(("a", a), ("b", b))
+        if _sharded.is_sharded(x, y):
+            return _sharded_projection.gram(("a", x), ("b", y))[0, 1]
         result = torch.ops.fastcl.grad_dot(x, y)
     total: Tensor = result
     return total
@@ -81,7 +88,8 @@ def project_(grads: Gradients, reference: Gradients) -> ProjectionInfo:
     values: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate("project_", grads, reference)
     if values is _dispatch.REFUSED:
         g, r = _paired(("grads", grads), ("reference", reference), written=True)
-        values = torch.ops.fastcl.project_(g, r)
+        sharded = _sharded.is_sharded(g, r)
+        values = _sharded_projection.project_(g, r, check_written) if sharded else torch.ops.fastcl.project_(g, r)
     dot, square, coefficient = values.unbind()
     return ProjectionInfo(dot, square, coefficient != 0)
 
@@ -99,12 +107,14 @@ def gram(vectors: Sequence[Gradients]) -> Tensor:
 
     Raises:
         TypeError: not a list of lists of dense tensors, or a dtype that is not accepted.
-        ValueError: no list or too many; lengths, shapes or devices that do not fit.
+        ValueError: no list or too many; lengths, shapes or devices that do not fit. Nothing is written in any case.
     """
     _check_count("vectors", vectors, MOST_MEMORIES + 1)
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("gram", vectors[0], vectors)
     if result is _dispatch.REFUSED:
         present = _paired(*((f"vectors[{k}]", v) for k, v in enumerate(vectors)))
+        if _sharded.is_sharded(*present):
+            return _sharded_projection.gram(*((f"vectors[{k}]", v) for k, v in enumerate(present)))
         result = torch.ops.fastcl.gram([t for v in present for t in v], len(present))
     products: Tensor = result
     return products
@@ -139,7 +149,11 @@ def gem_project_(grads: Gradients, memories: Sequence[Gradients], margin: float 
         named = [(f"memories[{k}]", m) for k, m in enumerate(memories)]
         g, *present = _paired(("grads", grads), *named, written=True)
         margin, ridge = _checks.at_least_zero("margin", margin), _checks.at_least_zero("ridge", ridge)
-        values = torch.ops.fastcl.gem_project_(g, [t for m in present for t in m], len(present), margin, ridge)
+        if _sharded.is_sharded(g, *present):
+            lists = [(f"memories[{k}]", m) for k, m in enumerate(present)]
+            values = _sharded_projection.gem_project_(g, lists, margin, ridge, check_written)
+        else:
+            values = torch.ops.fastcl.gem_project_(g, [t for m in present for t in m], len(present), margin, ridge)
     violated, coefficients, dots = values.split([1, len(memories), len(memories)])
     return GemInfo(coefficients, dots, violated[0] != 0)
 
@@ -173,103 +187,5 @@ def _paired(first: tuple[str, Gradients], *others: tuple[str, Gradients], writte
                 "memory to be written to; pass zeros there, or use the function that takes params"
             )
         like: Any = row[present]
-        rows.append([torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape) if t is None else t for t in row])
+        rows.append([_sharded.zeros_like(like) if t is None else t for t in row])
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in named]
-
-
-def _check_written(grads: Sequence[Tensor], memories: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
-    _checks.dense("grads", grads, _checks.FLOATING)
-    _checks.not_recorded("grads", grads)
-    _check_read(("grads", grads), *memories)
-    for name, memory in memories:
-        _checks.no_overlap("grads", grads, name, memory, partners_may_be_equal=False)
-
-
-def _check_read(first: tuple[str, Sequence[Tensor]], *others: tuple[str, Sequence[Tensor]]) -> None:
-    for name, value in (first, *others):
-        _checks.dense(name, value, _checks.FLOATING)
-        _checks.same_length(name, value, *first)
-        _checks.same_shape(name, value, *first)
-    _checks.one_device(first, *others)
-
-
-def _split(name: str, tensors: Sequence[Tensor], count: int) -> list[tuple[str, Sequence[Tensor]]]:
-    if count < 1 or len(tensors) % count:
-        raise ValueError(f"{name} has {len(tensors)} tensors; {count} lists of equal length were announced")
-    n = len(tensors) // count
-    return [(f"{name}[{k}]", tensors[k * n : (k + 1) * n]) for k in range(count)]
-
-
-def _empty(like: Sequence[Tensor], *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64, device=like[0].device if like else "cpu")
-
-
-def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [_dispatch.plain(t) for t in tensors]
-
-
-def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _fake_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    _check_read(("a", a), ("b", b))
-    return _empty(a)
-
-
-def _run_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    _check_read(("a", a), ("b", b))
-    result: Tensor = _dispatch.run_reading("grad_dot", _device(a), _plain(a), _plain(b))
-    return result
-
-
-def _fake_gram(vectors: Sequence[Tensor], count: int) -> Tensor:
-    _check_read(*_split("vectors", vectors, count))
-    return _empty(vectors, count, count)
-
-
-def _run_gram(vectors: Sequence[Tensor], count: int) -> Tensor:
-    lists = _split("vectors", vectors, count)
-    _check_read(*lists)
-    result: Tensor = _dispatch.run_reading("gram", _device(vectors), [_plain(v) for _, v in lists])
-    return result
-
-
-def _fake_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-    _check_written(grads, [("reference", reference)])
-    return _empty(grads, 3)
-
-
-def _run_project(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-    _check_written(grads, [("reference", reference)])
-    values: Tensor = _dispatch.run("project_", _device(grads), _plain(grads), _plain(reference))
-    return values
-
-
-def _fake_gem(grads: Sequence[Tensor], memories: Sequence[Tensor], count: int, margin: float, ridge: float) -> Tensor:
-    _check_written(grads, _split("memories", memories, count))
-    _checks.at_least_zero("margin", margin)
-    _checks.at_least_zero("ridge", ridge)
-    return _empty(grads, 2 * count + 1)
-
-
-def _run_gem(grads: Sequence[Tensor], memories: Sequence[Tensor], count: int, margin: float, ridge: float) -> Tensor:
-    lists = _split("memories", memories, count)
-    _check_written(grads, lists)
-    margin, ridge = _checks.at_least_zero("margin", margin), _checks.at_least_zero("ridge", ridge)
-    values: Tensor = _dispatch.run("gem_project_", _device(grads), _plain(grads), [_plain(m) for _, m in lists], margin, ridge)
-    return values
-
-
-_dispatch.define("grad_dot", "projection", "(Tensor[] a, Tensor[] b) -> Tensor", implementation=_run_grad_dot, fake=_fake_grad_dot)
-_dispatch.define("gram", "projection", "(Tensor[] vectors, int count) -> Tensor", implementation=_run_gram, fake=_fake_gram)
-_dispatch.define(
-    "project_", "projection", "(Tensor(a!)[] grads, Tensor[] reference) -> Tensor", implementation=_run_project, fake=_fake_project
-)
-_dispatch.define(
-    "gem_project_",
-    "projection",
-    "(Tensor(a!)[] grads, Tensor[] memories, int count, float margin, float ridge) -> Tensor",
-    implementation=_run_gem,
-    fake=_fake_gem,
-)

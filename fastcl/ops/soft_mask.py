@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch
+from fastcl.ops import _checks, _dispatch, _sharded
 
 
 def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: float = 1.0) -> None:
@@ -20,6 +20,10 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
     rounded once to ``g``'s dtype; uint8 importance means ``I = u / 255``. NaN and Inf propagate. The values of ``importance`` are
     not checked (that would cost a sweep and a device sync). The op is not differentiable: importance is a constant.
 
+    DTensors (FSDP2, tensor parallelism) are masked on each rank's own shard, without communication. A gradient that is a DTensor takes
+    a DTensor of the same mesh and the same placements, a dimension of size 1 that broadcasts being replicated, or a plain tensor of one
+    element. ``Partial`` placements and several meshes in one call are refused.
+
     Args:
         grads: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written. They may not share memory.
         importance: one tensor per gradient, on its device: of its shape, ``[m, 1, ...]`` (per row), ``[1, n]`` (per column), 0-d, or
@@ -27,13 +31,17 @@ def soft_mask_(grads: Sequence[Tensor], importance: Sequence[Tensor], strength: 
         strength: number in [0, 1]; 0 leaves the gradients as they are, 1 is full protection.
 
     Raises:
-        TypeError: not a list of dense tensors, a dtype that is not accepted, a strength that is not a number.
-        ValueError: lengths, shapes or devices that do not fit, shared memory, a strength outside [0, 1], a gradient that requires
-            grad while autograd records. Nothing has been written then.
+        TypeError: not a list of dense tensors, a dtype that is not accepted, a strength that is not a number, a plain tensor beside a
+            DTensor, a Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, a strength outside [0, 1], a gradient
+            that requires grad while autograd records. Nothing has been written then.
     """
     if _dispatch.traced() or _dispatch.gate("soft_mask_", grads, importance, strength) is _dispatch.REFUSED:
         _checks.listed("grads", grads)
         _checks.listed("importance", importance)
+        if _sharded.is_sharded(grads, importance):
+            _sharded.elementwise(lambda g, i: soft_mask_(g, i, strength), "grads", grads, "importance", importance)
+            return
         torch.ops.fastcl.soft_mask_(grads, importance, _checks.unit_interval("strength", strength))
 
 

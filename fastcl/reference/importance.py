@@ -17,15 +17,28 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         encode_(stored, torch.maximum(decode(stored, dtype), decode(other, dtype)))
 
 
-def spg_normalise(grad: Tensor) -> Tensor:
-    """``|tanh((g - mean g) / std g)|`` in float64, std unbiased; 0 where the standard deviation is 0 and for one element."""
+def _moments(grad: Tensor) -> Tensor:
+    """Shift, count, mean relative to the shift, and sum of squared deviations: [4], float64."""
     x = grad.double()
     if not x.numel():
-        return x
-    x = x - x.flatten()[0]  # a constant tensor becomes exactly zero, whatever the rounding of its mean
-    x = x - x.mean()
-    std = ((x * x).sum() / max(1, x.numel() - 1)).sqrt()
+        return x.new_zeros(4)
+    shift = x.flatten()[0]  # a constant tensor becomes exactly zero, whatever the rounding of its mean
+    x = x - shift
+    mean = x.mean()
+    x = x - mean
+    return torch.stack([shift, torch.full_like(shift, x.numel()), mean, (x * x).sum()])
+
+
+def _standardised(grad: Tensor, moments: Tensor) -> Tensor:
+    shift, count, mean, m2 = moments.unbind()
+    std = (m2 / (count - 1).clamp(min=1)).sqrt()
+    x = (grad.double() - shift) - mean
     return torch.where(std == 0, torch.zeros_like(x), (x / std).tanh().abs())
+
+
+def spg_normalise(grad: Tensor) -> Tensor:
+    """``|tanh((g - mean g) / std g)|`` in float64, std unbiased; 0 where the standard deviation is 0 and for one element."""
+    return _standardised(grad, _moments(grad))
 
 
 def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -33,8 +46,28 @@ def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Seque
     for stored, *heads in zip(accumulated, *grads_by_head, strict=True):
         for grad in heads:
             encode_(stored, torch.maximum(decode(stored, torch.float64), spg_normalise(grad)))
+    return _mean(accumulated)
+
+
+def _mean(accumulated: Sequence[Tensor]) -> Tensor:
     device = accumulated[0].device if accumulated else None
     total = torch.zeros((), dtype=torch.float64, device=device)
     for stored in accumulated:
         total += decode(stored, torch.float64).sum().to(total.device)
     return total / max(1, sum(stored.numel() for stored in accumulated))
+
+
+def spg_moments(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:  # noqa: ARG001
+    """First half of :func:`spg_importance_`, for tensors that are shards: [heads, tensors, 4], float64.
+
+    A row is ``[shift, count, mean - shift, sum of (g - mean)^2]`` of one gradient. There is a head and a tensor.
+    """
+    return torch.stack([torch.stack([_moments(grad) for grad in head]) for head in grads_by_head])
+
+
+def spg_update_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]], rows: Sequence[Tensor]) -> Tensor:
+    """Second half of :func:`spg_importance_`: the same, with the rows (one tensor in a list) of the whole tensors."""
+    for head, moments in zip(grads_by_head, rows[0], strict=True):
+        for stored, grad, row in zip(accumulated, head, moments, strict=True):
+            encode_(stored, torch.maximum(decode(stored, torch.float64), _standardised(grad, row)))
+    return _mean(accumulated)

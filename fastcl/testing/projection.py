@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastcl import ops, reference
-from fastcl.reference.projection import nonnegative_qp
+from fastcl.reference._quadratic import nonnegative_qp
+from fastcl.reference.projection import gem_coefficients
 from fastcl.testing._case import Args, OpCase, Shape
 from fastcl.testing._inputs import gradients
 
@@ -82,14 +83,21 @@ def _gem_official(grads: list[Tensor], memories: list[list[Tensor]], margin: flo
 
 
 def _gem_eager(grads: list[Tensor], memories: list[list[Tensor]], margin: float = 0.5, ridge: float = 1e-3) -> None:
-    """Tensor by tensor and in float, with one wait for the device."""
+    """Tensor by tensor, in float, with one wait for the device."""
     products = torch.zeros(len(memories) + 1, len(memories) + 1, dtype=torch.float64, device=grads[0].device)
     for g, *rest in zip(grads, *memories, strict=True):
-        rows = torch.stack([t.reshape(-1) for t in (*rest, g)])
+        rows = _rows([*rest, g])
         products += rows @ rows.T
-    v = reference.projection.gem_coefficients(products.cpu(), margin, ridge)[1 : 1 + len(memories)].tolist()
-    for k, memory in enumerate(memories):
-        torch._foreach_add_(grads, memory, alpha=v[k])
+    values = gem_coefficients(products, margin, ridge)
+    if not bool(values[0]):
+        return
+    v = values[1 : 1 + len(memories)].float()
+    for g, *rest in zip(grads, *memories, strict=True):
+        g.copy_((g.reshape(-1).float() + v @ _rows(rest)).view_as(g))
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.reshape(-1).float() for t in tensors])
 
 
 CASES = (

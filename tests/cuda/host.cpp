@@ -6,10 +6,12 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <string>
 
 #include "core/dtypes.h"
 #include "core/soft_mask.h"
 #include "cpu/ops.h"
+#include "cuda/projection.h"
 #include "cuda/sweep.h"
 
 using namespace fastcl;
@@ -49,11 +51,13 @@ struct Tensor {
 
 std::mt19937_64 random_bits(7);
 
-// Random importance-like or gradient-like values in the memory's every element, with NaN, infinities, zeros and ones among them.
+// Random importance-like or gradient-like values in the memory's every element, with NaN, infinities, zeros and ones among them; NaN behind
+// the end.
 Tensor make(DType dtype, std::vector<int64_t> shape, std::vector<int64_t> strides, int64_t offset, bool special) {
   int64_t last = offset;
   for (size_t d = 0; d < shape.size(); ++d) last += (std::max<int64_t>(shape[d], 1) - 1) * strides[d];
-  Tensor t{std::move(shape), std::move(strides), dtype, offset, std::vector<uint64_t>(size_t((last + 1) * size_of(dtype) + 7) / 8 + 1)};
+  Tensor t{std::move(shape), std::move(strides), dtype, offset,
+           std::vector<uint64_t>(size_t((last + 1) * size_of(dtype) + 7) / 8 + 4, ~uint64_t(0))};
   std::normal_distribution<double> normal;
   const double specials[] = {NAN, INFINITY, -INFINITY, 0, -0.0, 1, 1e-40, 65504};
   with_stored(dtype, [&](auto type) {
@@ -189,8 +193,11 @@ void spg() {
   for (DType stored : kStored)
     for (DType grad : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
       const bool in_double = stored == DType::f64 || grad == DType::f64;
-      for (const LayoutCase& c : layouts(false)) {
-        constexpr int heads = 3;
+      std::vector<LayoutCase> cases = layouts(false);
+      cases.push_back({"expanded gradient", {9000}, {1}, {9000}, {0}, 0, 0});
+      for (size_t which = 0; which < 2 * cases.size(); ++which) {
+        const LayoutCase& c = cases[which / 2];
+        const int heads = which % 2 == 0 ? 1 : 3;
         Tensor a = make(stored, c.shape, c.strides, c.offset, false);
         std::vector<uint64_t> copy = a.memory;
         const View written = a.view(a.memory);
@@ -257,6 +264,300 @@ void spg() {
         });
       }
     }
+}
+
+// ---- the projection family
+
+constexpr DType kFloating[] = {DType::f64, DType::f32, DType::bf16, DType::f16};
+constexpr double kRound = 0x1p-53;
+
+// In extended precision, and the sum of magnitudes.
+struct Exact {
+  long double sum = 0, magnitude = 0;
+};
+
+// Visits corresponding elements of views of one shape, in the order of their indices.
+template <class Visit>
+void elements(const std::vector<const View*>& views, Visit&& visit) {
+  std::vector<int64_t> index(size_t(views[0]->ndim));
+  std::vector<double> values(views.size());
+  for (int64_t e = 0; e < views[0]->numel(); ++e) {
+    int64_t rest = e;
+    for (int d = views[0]->ndim - 1; d >= 0; --d) {
+      index[size_t(d)] = rest % views[0]->shape[d];
+      rest /= views[0]->shape[d];
+    }
+    for (size_t o = 0; o < views.size(); ++o) {
+      int64_t at = 0;
+      for (int d = 0; d < views[o]->ndim; ++d) at += index[size_t(d)] * views[o]->strides[d];
+      values[o] = with_floating(views[o]->dtype, [&](auto type) {
+        return load<double>(reinterpret_cast<const typename decltype(type)::type*>(views[o]->data)[at]);
+      });
+    }
+    visit(values);
+  }
+}
+
+// Operands of one shape: expanded where the read layout of a broadcasting case has fewer elements.
+std::vector<LayoutCase> equal_shapes() {
+  std::vector<LayoutCase> out = layouts(false);
+  out.push_back({"one value", {9000}, {1}, {9000}, {0}, 0, 0});
+  out.push_back({"one value, misaligned", {9000}, {1}, {9000}, {0}, 1, 1});
+  out.push_back({"per row", {150, 128}, {128, 1}, {150, 128}, {1, 0}, 0, 1});
+  out.push_back({"per column", {150, 128}, {128, 1}, {150, 128}, {0, 1}, 0, 0});
+  out.push_back({"per odd column", {150, 129}, {129, 1}, {150, 129}, {0, 1}, 0, 0});
+  return out;
+}
+
+double combine(double a, double b) { return a + b; }
+// As a block adds.
+template <class T>
+T add_as_tree(std::vector<T>& parts) {
+  for (size_t step = 1; step < parts.size(); step *= 2)
+    for (size_t p = 0; p + step < parts.size(); p += 2 * step) parts[p] = combine(parts[p], parts[p + step]);
+  return parts[0];
+}
+
+bool same_kind(double a, long double b) { return std::isnan(a) == std::isnan(double(b)) && std::isinf(a) == std::isinf(double(b)); }
+
+template <class P, class A, class B>
+void compare_dots(DType a, DType b) {
+  for (const bool special : {false, true})
+    for (const bool squares : {false, true})
+      for (const LayoutCase& c : equal_shapes()) {
+        if (P::max_tensors < 10 && c.shape.size() != 2) continue;
+        const bool odd = special && random_bits() % 2 != 0;  // also sums without a NaN
+        Tensor x = make(a, c.shape, c.strides, c.offset, odd), y = make(b, c.read_shape, c.read_strides, c.read_offset, special && !odd);
+        const View v = x.view(x.memory), w = y.view(y.memory);
+        if (v.numel() == 0) continue;
+        Exact dot, square;
+        elements({&v, &w}, [&](const std::vector<double>& e) {
+          dot.sum += (long double)(e[0]) * e[1];
+          dot.magnitude += std::fabs((long double)(e[0]) * e[1]);
+          square.sum += (long double)(e[1]) * e[1];
+        });
+        List list(2, pair_chunk<A, B>, true, false);
+        const View* both[] = {&v, &w};
+        CHECK(list.add(both, pair_run<A, B>) == nullptr, "%s", c.name);
+        std::vector<Products> parts;
+        blocks<P>(list, [&](const P& packet, uint32_t block) {
+          for (int thread = 0; thread < kThreads; ++thread) parts.push_back(dot_thread<A, B>(packet, block, thread, squares));
+        });
+        const Products sum = add_as_tree(parts);
+        CHECK(squares || sum.square == 0, "%s: an unwanted square", c.name);
+        if (special) {
+          CHECK(same_kind(sum.dot, dot.sum), "%d %d %s: %g %Lg", int(a), int(b), c.name, sum.dot, dot.sum);
+          if (squares) CHECK(same_kind(sum.square, square.sum), "%d %d %s: %g %Lg", int(a), int(b), c.name, sum.square, square.sum);
+        } else {
+          CHECK(std::fabs(sum.dot - dot.sum) <= 4 * kRound * dot.magnitude, "%d %d %s: %.17g %.17Lg", int(a), int(b), c.name, sum.dot,
+                dot.sum);
+          if (squares)
+            CHECK(std::fabs(sum.square - square.sum) <= 4 * kRound * square.sum, "%d %d %s: %.17g %.17Lg", int(a), int(b), c.name,
+                  sum.square, square.sum);
+        }
+      }
+}
+
+void dots() {
+  for (DType a : kFloating)
+    for (DType b : kFloating)
+      with_floating(a, [&](auto at) {
+        with_floating(b, [&](auto bt) {
+          using A = typename decltype(at)::type;
+          using B = typename decltype(bt)::type;
+          compare_dots<LargePacket, A, B>(a, b);
+          compare_dots<TinyPacket, A, B>(a, b);
+        });
+      });
+}
+
+// Both sides are compiled without fused multiply-adds here, so that the bits can be compared.
+void project() {
+  const double coefficient = 0.37;
+  for (DType g : kFloating)
+    for (DType r : kFloating)
+      with_floating(g, [&](auto gt) {
+        with_floating(r, [&](auto rt) {
+          using G = typename decltype(gt)::type;
+          using R = typename decltype(rt)::type;
+          for (const LayoutCase& c : equal_shapes()) {
+            Tensor w = make(g, c.shape, c.strides, c.offset, true), m = make(r, c.read_shape, c.read_strides, c.read_offset, true);
+            std::vector<uint64_t> copy = w.memory;
+            const View written = w.view(w.memory), memory = m.view(m.memory);
+            if (written.numel() == 0) continue;
+            cpu::combine_({w.view(copy)}, {{memory}}, &coefficient, kSerial);
+            List list(2, pair_chunk<G, R>, true, false);
+            const View* both[] = {&written, &memory};
+            CHECK(list.add(both, pair_run<G, R>) == nullptr, "%s", c.name);
+            blocks<SmallPacket>(list, [&](const SmallPacket& packet, uint32_t block) {
+              for (int thread = 0; thread < kThreads; ++thread) pair_thread<G, R>(packet, block, thread, AddScaled<G, R>{coefficient});
+            });
+            CHECK(same_values(w.memory, copy, g), "dtypes %d %d, layout %s", int(g), int(r), c.name);
+          }
+        });
+      });
+}
+
+// Lists of tensors whose dtypes and layouts differ from list to list and from tensor to tensor.
+struct JointCase {
+  std::deque<Tensor> tensors;
+  std::vector<Views> lists;
+  std::vector<std::string> names;
+
+  JointCase(int count, const std::vector<LayoutCase>& cases, bool special) : lists(size_t(count)) {
+    for (size_t i = 0; i < cases.size(); ++i) {
+      const LayoutCase& c = cases[i];
+      names.push_back(c.name);
+      for (int l = 0; l < count; ++l) {
+        const DType dtype = i % 3 == 0 ? DType::f32 : kFloating[(i + size_t(l)) % 4];
+        const bool first = l % 2 == 0;
+        tensors.push_back(make(dtype, c.shape, first ? c.strides : c.read_strides, first ? c.offset : c.read_offset, special));
+        lists[size_t(l)].push_back(tensors.back().view(tensors.back().memory));
+      }
+    }
+  }
+
+  List list() const {
+    List joint(int(lists.size()), kJointChunk, false, true);
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (lists[0][i].numel() == 0) continue;
+      std::vector<const View*> views;
+      std::vector<int64_t> notes;
+      for (const Views& l : lists) {
+        views.push_back(&l[i]);
+        notes.push_back(int64_t(l[i].dtype));
+      }
+      CHECK(joint.add(views.data(), kJointRun, notes.data()) == nullptr, "%s", names[i].c_str());
+    }
+    return joint;
+  }
+};
+
+void combine() {
+  for (int k : {1, 2, 7, 64}) {
+    std::vector<LayoutCase> cases = equal_shapes();
+    if (k == 64) cases.resize(8);
+    std::vector<double> coefficients;
+    for (int m = 0; m < k; ++m) coefficients.push_back(m % 3 == 1 ? 0 : 0.5 - 0.3 * m);
+    for (const bool nothing : {false, true}) {
+      if (nothing) coefficients[size_t(k) - 1] = NAN;
+      JointCase joint(1 + k, cases, true);
+      Views expected;
+      std::deque<std::vector<uint64_t>> copies;
+      std::vector<Tensor*> written;
+      for (size_t i = 0; i < cases.size(); ++i) {
+        Tensor& t = joint.tensors[i * size_t(1 + k)];
+        written.push_back(&t);
+        copies.push_back(t.memory);
+        expected.push_back(t.view(copies.back()));
+      }
+      cpu::combine_(expected, {joint.lists.begin() + 1, joint.lists.end()}, coefficients.data(), kSerial);
+      const auto run = [&](const auto& packet, uint32_t block) {
+        const Chunk c = Chunk::find(packet, block, kJointChunk);
+        for (int thread = 0; thread < kThreads; ++thread) combine_thread(packet, c, thread, coefficients.data());
+      };
+      if (k == 2)
+        blocks<TinyPacket>(joint.list(), run);
+      else
+        blocks<LargePacket>(joint.list(), run);
+      for (size_t i = 0; i < cases.size(); ++i)
+        CHECK(same_values(written[i]->memory, copies[i], written[i]->dtype), "%d memories, layout %s", k, cases[i].name);
+    }
+  }
+}
+
+// gram_kernel with its threads in turn. What it may not read is NaN.
+template <class P>
+void gram_block(const P& packet, uint32_t block, uint32_t count, double* part) {
+  const GramShape g = GramShape::of(packet.operands);
+  CHECK(g.lists * g.row <= kStageDoubles && g.lists * g.slots <= kStageSlots && g.groups >= 1 && g.slots >= 1, "%d lists", g.lists);
+  std::vector<double> rows, kept(kKeptDoubles, 0.0);
+  std::vector<GramFetch> fetched(kThreads);
+  std::vector<GramTile> sums(kThreads, GramTile{});
+  int chain = 0;
+  auto stage = GramStage<P>::first(packet, block);
+  const auto fetch = [&] {
+    std::memset(static_cast<void*>(fetched.data()), 0xff, fetched.size() * sizeof(GramFetch));
+    for (int t = 0; t < kThreads && stage.left(); ++t) gram_fetch(packet, g, stage, t, fetched[size_t(t)]);
+  };
+  fetch();
+  while (stage.left()) {
+    rows.assign(kStageDoubles, NAN);
+    for (int t = 0; t < kThreads; ++t) gram_put(packet, g, stage, t, fetched[size_t(t)], rows.data());
+    const int columns = stage.slots(g) * kJointRun;
+    stage.advance(packet, g, count);
+    fetch();
+    chain += columns / g.groups + 1;
+    const bool keep = chain >= kGramChain || !stage.left();
+    if (keep) chain = 0;
+    for (int t = 0; t < kThreads; ++t) {
+      gram_multiply(g, columns, t, rows.data(), sums[size_t(t)]);
+      if (keep) gram_keep(t, sums[size_t(t)], kept.data());
+    }
+  }
+  for (int groups = g.groups; groups > 1; groups = (groups + 1) / 2)
+    for (int t = 0; t < kThreads; ++t) gram_fold(g, groups, (groups + 1) / 2, t, kept.data());
+  for (int t = 0; t < kThreads; ++t) gram_leave(g, t, kept.data(), packet.base > 0, part);
+}
+
+template <class P>
+void compare_gram(int k, const std::vector<LayoutCase>& cases, int64_t most_blocks, bool special, double allowed = 4) {
+  JointCase joint(k, cases, special);
+  std::vector<Exact> exact(size_t(gram_entries(k)));
+  for (size_t i = 0; i < cases.size(); ++i) {
+    std::vector<const View*> views;
+    for (const Views& l : joint.lists) views.push_back(&l[i]);
+    elements(views, [&](const std::vector<double>& e) {
+      for (int r = 0; r < k; ++r)
+        for (int c = 0; c <= r; ++c) {
+          Exact& own = exact[size_t(r * (r + 1) / 2 + c)];
+          const long double product = (long double)(e[size_t(r)]) * e[size_t(c)];
+          own.sum += product;
+          own.magnitude += std::fabs(product);
+        }
+    });
+  }
+  const List list = joint.list();
+  const int64_t entries = gram_entries(k);
+  std::vector<double> parts(size_t(entries * most_blocks), NAN);
+  auto packet = std::make_unique<P>();
+  for (const List::Launch& part : list.launches(P::max_tensors, P::max_words)) {
+    list.fill(part, *packet);
+    const int64_t count = part.base == 0 ? most_blocks : std::min(most_blocks, part.chunks);
+    for (int64_t b = 0; b < count; ++b) gram_block(*packet, uint32_t(b), uint32_t(count), parts.data() + b * entries);
+  }
+  for (int64_t e = 0; e < entries; ++e) {
+    std::vector<double> column;
+    for (int64_t b = 0; b < most_blocks; ++b) column.push_back(parts[size_t(b * entries + e)]);
+    const double sum = add_as_tree(column);
+    const Exact& own = exact[size_t(e)];
+    if (special)
+      CHECK(same_kind(sum, own.sum), "%d lists, entry %lld: %g %Lg", k, (long long)e, sum, own.sum);
+    else
+      CHECK(std::fabs(sum - own.sum) <= allowed * kRound * own.magnitude, "%d lists, entry %lld: %.17g %.17Lg", k, (long long)e, sum,
+            own.sum);
+  }
+}
+
+void gram() {
+  std::vector<LayoutCase> cases = equal_shapes(), few(cases.begin(), cases.begin() + 5);
+  few.push_back({"read transposed", {70, 130}, {130, 1}, {70, 130}, {1, 70}, 0, 0});
+  for (int k : {1, 2, 3, 4, 5, 8, 11, 23}) compare_gram<LargePacket>(k, cases, 64, false);
+  compare_gram<LargePacket>(65, few, 12, false);
+  // So few that each takes many chunks, in more additions one after the other.
+  compare_gram<LargePacket>(65, few, 1, false, 16);
+  compare_gram<TinyPacket>(6, cases, 2, false, 16);
+  // More blocks than there are chunks: they leave zeros. Where a sum is not a number does not depend on the order.
+  compare_gram<LargePacket>(3, {few.begin(), few.begin() + 2}, 20, false);
+  for (int k : {2, 11, 65}) compare_gram<LargePacket>(k, {few.begin(), few.begin() + 2}, 2, true);
+  for (int k = 1; k <= kMostLists; ++k) {
+    const GramShape g = GramShape::of(k);
+    int tile = 0;
+    for (int i = 0; i < g.tile_rows; ++i)
+      for (int j = 0; j <= i; ++j, ++tile) CHECK(TilePlace::of(tile).row == i && TilePlace::of(tile).column == j, "tile %d", tile);
+    CHECK(tile == g.tiles && g.tiles * g.groups <= kThreads, "%d lists", k);
+    CHECK(gram_place(0, k, true) == k - 1 && gram_place(0, k, false) == 0 && (k == 1 || gram_place(k - 1, k, true) == k - 2), "%d", k);
+  }
 }
 
 // A view without memory behind it.
@@ -374,6 +675,14 @@ int main(int argc, char** argv) {
     pairs();
   else if (name == "spg")
     spg();
+  else if (name == "dots")
+    dots();
+  else if (name == "project")
+    project();
+  else if (name == "combine")
+    combine();
+  else if (name == "gram")
+    gram();
   else {
     std::printf("unknown case %s\n", name.c_str());
     return 2;

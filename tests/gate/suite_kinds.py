@@ -299,12 +299,56 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         C.emax_([base(), odd], [base(), base()], True),
         C.spg_importance_([base(), odd], [[base(), base()]], True),
         C.yardstick_([base(), odd], [base(), base()]),
+        C.project_([base(), odd], [base(), base()], True),
+        C.gem_project_([base(), odd], [[base(), base()]], 0.5, 1e-3, True),
+        C.combine_([base(), odd], [[base(), base()]], torch.ones(1, dtype=torch.float64), True),
     ):
         assert isinstance(refusal, str)
     if kind != "expanded":
         assert isinstance(C.emax_([base(), base()], [base(), odd], True), str)
         assert isinstance(C.spg_importance_([base(), base()], [[base(), odd]], True), str)
+        assert isinstance(C.project_([base(), base()], [base(), odd], True), str)
+        assert isinstance(C.gem_project_([base(), base()], [[base(), base()], [base(), odd]], 0.5, 1e-3, True), str)
+        assert isinstance(C.grad_dot([base(), odd], [base(), base()], True), str)
+        assert isinstance(C.grad_dot([base(), base()], [base(), odd], True), str)
+        assert isinstance(C.gram([[base(), base()], [base(), odd]], True), str)
     assert isinstance(C.yardstick_read([base(), odd]), str)
+
+
+def test_gradients_that_nothing_opposes_are_not_written() -> None:
+    g = read_only_file()  # a write would end the process
+    assert not ops.project_([g], [base()]).violated
+    assert not ops.gem_project_([g], [[base()], [base()]]).violated
+
+
+def test_what_the_projections_gate_refuses() -> None:
+    a, b, coefficients = base(), base() + 1, torch.ones(1, dtype=torch.float64)
+    before = raw(a)
+    for refusal in (
+        C.project_([a], [a], False),
+        C.project_([a], [b, b], False),
+        C.project_([a], [b[:2]], False),
+        C.project_([a], b, False),
+        C.gem_project_([a], [], 0.5, 1e-3, False),
+        C.gem_project_([a], [[b]] * 65, 0.5, 1e-3, False),
+        C.gem_project_([a], [b], 0.5, 1e-3, False),
+        C.gem_project_([a], [[a]], 0.5, 1e-3, False),
+        C.gem_project_([a], [[b]], -1.0, 1e-3, False),
+        C.gem_project_([a], [[b]], float("nan"), 1e-3, False),
+        C.gem_project_([a], [[b]], 0.5, float("inf"), False),
+        C.gem_project_([a], [[b]], "0.5", 1e-3, False),
+        C.gram([], False),
+        C.gram([[a]] * 66, False),
+        C.gram([[a], [b, b]], False),
+        C.grad_dot([a], [b.int()], False),
+        C.combine_([a], [[b]], coefficients.float(), False),
+        C.combine_([a], [[b]], torch.ones(2, dtype=torch.float64), False),
+        C.gem_coefficients(torch.eye(3), 0.5, 1e-3, False),
+        C.gem_coefficients(torch.eye(3, 2, dtype=torch.float64), 0.5, 1e-3, False),
+        C.gem_coefficients(torch.eye(1, dtype=torch.float64), 0.5, 1e-3, False),
+    ):
+        assert isinstance(refusal, str)
+    assert raw(a) == before
 
 
 def test_copy_on_write_leaves_the_original_alone() -> None:

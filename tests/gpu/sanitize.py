@@ -51,6 +51,27 @@ def many() -> None:
         ops.spg_importance_(importance, [grads])
 
 
+def projections() -> None:
+    for dtype, other in itertools.product(FLOATING, FLOATING):
+        grads, memory = CASES["project_"].make([*SHAPES, (17000,)], dtype, other, "cuda", 0)
+        a = [v for t in grads for v in variants(t)]
+        b = [v for t in memory for v in reversed(variants(t))]
+        for reference in (b, [t.flatten()[:1].sum().to(other).expand(t.shape) for t in b], [-t for t in b]):
+            ops.grad_dot(a, reference)
+            ops.grad_dot(reference, a)
+            ops.project_([t.clone() for t in a], reference)
+        for count in (1, 2, 10):
+            memories = [b if k % 2 else [t.neg() for t in b] for k in range(count)]
+            ops.gram([a, *memories])
+            ops.gem_project_([t.clone() for t in a], memories)
+    for count, n in ((64, 5000), (64, 3), (3, 1)):
+        ops.gem_project_([torch.randn(n, device="cuda")], [[torch.randn(n, device="cuda")] for _ in range(count)])
+    for n in (150, 1000):
+        grads = [torch.randn(5, device="cuda") for _ in range(n)]
+        ops.project_(grads, [-g for g in grads])
+        ops.gem_project_(grads, [[-g for g in grads], [torch.randn_like(g) for g in grads]])
+
+
 def yardsticks() -> None:
     module = _native.module("_C_cuda")
     for n in (16, 1003, 100_000):
@@ -62,7 +83,7 @@ def yardsticks() -> None:
 
 if __name__ == "__main__":
     with use_backend("cuda"):
-        for part in (pairs, spg, many, yardsticks):
+        for part in (pairs, spg, projections, many, yardsticks):
             part()
             torch.cuda.synchronize()
             print(part.__name__, "done", flush=True)

@@ -60,11 +60,15 @@ def test_no_host_sync(backend, op):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mean = CASES[op].call(*args)
-        if mean is not None:
-            ops.soft_mask_([torch.ones(5, device="cuda")], [mean])
+        result = CASES[op].call(*args)
+        if isinstance(result, torch.Tensor):
+            ops.soft_mask_([torch.ones(5, device="cuda")], [result])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _results(value) -> list[torch.Tensor]:
+    return [] if value is None else [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -77,18 +81,17 @@ def test_graph_capture_and_replay(backend, op):
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     expected_first, expected_fresh = clone(args), clone(fresh)
-    means = [case.call(*expected_first), case.call(*expected_fresh)]
+    results = [_results(case.call(*expected_first)), _results(case.call(*expected_fresh))]
     with torch.cuda.graph(graph):
-        captured_mean = case.call(*args)
-    for inputs, expected, mean in ((None, expected_first, means[0]), (fresh, expected_fresh, means[1])):
+        captured = _results(case.call(*args))
+    for inputs, expected, result in ((None, expected_first, results[0]), (fresh, expected_fresh, results[1])):
         if inputs is not None:
             for old, new in zip(_flat(args), _flat(inputs), strict=True):
                 old.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
         assert all(identical(a, e) for a, e in zip(_flat(args), _flat(expected), strict=True))
-        if mean is not None:
-            assert torch.equal(captured_mean, mean)
+        assert all(torch.equal(c, r) for c, r in zip(captured, result, strict=True))
 
 
 def test_a_first_call_can_be_captured():
@@ -141,6 +144,116 @@ def test_spg_is_the_same_in_every_run(cuda, dtype):
         results.append([ops.spg_importance_(*own), *_flat(own)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _projections(count, sign=-1.0, shapes=SHAPES, dtype=torch.float32):
+    """Gradients, and memories that they violate for a negative sign."""
+    grads = gradients(shapes, dtype, "cuda", 0)
+    noise = [gradients(shapes, torch.float32, "cuda", 1 + k) for k in range(count)]
+    return grads, [[(sign * g.float() + 0.5 * n).to(dtype) for g, n in zip(grads, own, strict=True)] for own in noise]
+
+
+def test_readers_neither_wait_nor_escape_capture(backend):
+    grads, memories = _projections(3)
+    expected = [ops.grad_dot(grads, memories[0]), ops.gram([grads, *memories])]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [ops.grad_dot(grads, memories[0]), ops.gram([grads, *memories])]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [ops.grad_dot(grads, memories[0]), ops.gram([grads, *memories])]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True))
+    assert all(torch.equal(a, e) for a, e in zip(captured, expected, strict=True))
+    for g in grads:  # the graph reads what is there when it is replayed
+        g.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], 2 * expected[0])
+    assert torch.equal(captured[1][0, 0], 4 * expected[1][0, 0])
+
+
+@pytest.mark.parametrize("count", [1, 10, 64])
+def test_a_captured_projection_decides_anew_at_every_replay(backend, count):
+    grads, memories = _projections(count)
+    kept, agreeing = _projections(count, sign=1.0)
+    start = clone(grads)
+    ops.gem_project_(clone(grads), memories)
+    ops.project_(clone(grads), agreeing[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        info = ops.gem_project_(grads, memories)
+        one = ops.project_(grads, agreeing[0])
+    for violated, inputs in ((True, (start, memories)), (False, (kept, agreeing)), (True, (start, memories))):
+        for old, new in zip(_flat((grads, memories)), _flat(clone(inputs)), strict=True):
+            old.copy_(new)
+        expected = clone(grads)
+        own = ops.gem_project_(expected, memories)
+        ops.project_(expected, agreeing[0])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert bool(info.violated) == bool(own.violated) == violated
+        assert all(torch.equal(a, b) for a, b in zip(info, own, strict=True))
+        assert all(identical(a, b) for a, b in zip(grads, expected, strict=True))
+        if not violated:
+            assert not bool(one.violated)
+            assert all(identical(a, b) for a, b in zip(grads, kept, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 10, 64])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_projections_are_the_same_in_every_run(cuda, dtype, count):
+    grads, memories = _projections(count, shapes=[(500, 777), (64,), (3, 5)] * 3, dtype=dtype)
+    results = []
+    for _ in range(5):
+        own, other = clone(grads), clone(grads)
+        infos = [*ops.gem_project_(own, memories), *ops.project_(other, memories[0])]
+        results.append([*own, *other, *infos, ops.gram(memories), ops.grad_dot(grads, memories[0])])
+    for repeated in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], repeated, strict=True))
+
+
+def test_gram_is_symmetric_and_holds_the_dots(cuda):
+    _, vectors = _projections(65, shapes=[(300, 41), (7,)])
+    products = ops.gram(vectors)
+    assert torch.equal(products, products.t())
+    for i, j in ((0, 0), (64, 0), (31, 62), (64, 64)):
+        dot = ops.grad_dot(vectors[i], vectors[j])
+        magnitude = sum(float((a.double() * b.double()).abs().sum()) for a, b in zip(vectors[i], vectors[j], strict=True))
+        assert abs(float(products[i, j] - dot)) <= 8 * 2.0**-53 * magnitude
+
+
+def test_projections_of_ten_thousand_tensors(cuda):
+    shapes = [(n % 90,) for n in range(10_000)]
+    grads, memories = _projections(3, shapes=shapes)
+    joined, whole = torch.cat(grads), [torch.cat(m) for m in memories]
+    info, expected = ops.gem_project_(grads, memories), ops.gem_project_([joined], [[m] for m in whole])
+    assert bool(info.violated)
+    assert bool(expected.violated)
+    torch.testing.assert_close(info.coefficients, expected.coefficients, rtol=1e-9, atol=0)
+    torch.testing.assert_close(torch.cat(grads), joined, rtol=1e-6, atol=1e-6)
+
+
+def test_other_streams_may_run_between_the_calls_of_one(cuda):
+    """The workspace goes back to torch's allocator when a call returns, for later work on the same stream only."""
+    grads, memories = _projections(10, shapes=[(1000, 700)])
+    expected = [clone(grads) for _ in range(2)]
+    for e in expected:
+        ops.gem_project_(e, memories)
+    results, streams = [clone(grads) for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        for own, stream in zip(results, streams, strict=True):
+            with torch.cuda.stream(stream):
+                for g, fresh in zip(own, grads, strict=True):
+                    g.copy_(fresh)
+                ops.gem_project_(own, memories)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for r, e in zip(results, expected, strict=True) for a, b in zip(r, e, strict=True))
 
 
 @pytest.mark.parametrize("op", ["soft_mask_", "emax_"])
@@ -233,6 +346,19 @@ def test_more_than_2_to_the_31_elements(cuda):
     wide = torch.ones(3, n // 2 + 1, dtype=torch.bfloat16, device="cuda")
     ops.soft_mask_([wide.t()], [torch.tensor([0.0, 1.0, 0.5], device="cuda")])
     assert wide.float().mean(dim=1).tolist() == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.slow
+def test_projection_of_more_than_2_to_the_31_elements(cuda):
+    n = 2**31 + 12345
+    grad, memory = torch.ones(n, dtype=torch.bfloat16, device="cuda"), torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    memory[2**31 - 3 :] = -1
+    last = n - (2**31 - 3)
+    assert float(ops.grad_dot([grad], [memory])) == -last
+    assert ops.gram([[grad], [memory]]).tolist() == [[n, -last], [-last, last]]
+    info = ops.project_([grad], [memory])
+    assert (float(info.dot), float(info.reference_sq)) == (-last, last)
+    assert int(torch.count_nonzero(grad)) == 2**31 - 3
 
 
 @pytest.mark.parametrize("op", CASES)

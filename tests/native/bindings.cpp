@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <functional>
 #include <thread>
 
 #include "core/importance.h"
@@ -149,6 +150,20 @@ bool overlap(const Operands& written, const std::vector<Operands>& reads) {
   return writes_overlap(views(written), pointers);
 }
 
+std::vector<Views> lists_of(const std::vector<Operands>& lists) {
+  std::vector<Views> out;
+  for (const Operands& l : lists) out.push_back(views(l));
+  return out;
+}
+
+py::array_t<double> returned(std::vector<py::ssize_t> shape, const std::function<void(double*)>& fill) {
+  py::array_t<double> out(std::move(shape));
+  double* data = out.mutable_data();
+  py::gil_scoped_release release;
+  fill(data);
+  return out;
+}
+
 double spg(const Operands& accumulated, const std::vector<Operands>& heads) {
   std::vector<Views> lists;
   for (const Operands& h : heads) lists.push_back(views(h));
@@ -229,4 +244,27 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     cpu::emax_(i, n, pool());
   });
   m.def("spg_importance_", &spg);
+  m.def("grad_dot", [](const Operands& a, const Operands& b) {
+    const Views x = views(a), y = views(b);
+    py::gil_scoped_release release;
+    return cpu::grad_dot(x, y, pool());
+  });
+  m.def("gram", [](const std::vector<Operands>& vectors) {
+    const std::vector<Views> v = lists_of(vectors);
+    const auto k = py::ssize_t(v.size());
+    return returned({k, k}, [&](double* out) { cpu::gram(v, out, pool()); });
+  });
+  m.def("project_", [](const Operands& grads, const Operands& reference) {
+    const Views g = views(grads), r = views(reference);
+    return returned({3}, [&](double* out) { cpu::project_(g, r, out, pool()); });
+  });
+  m.def("gem_project_", [](const Operands& grads, const std::vector<Operands>& memories, double margin, double ridge) {
+    const Views g = views(grads);
+    const std::vector<Views> v = lists_of(memories);
+    return returned({py::ssize_t(2 * v.size() + 1)}, [&](double* out) { cpu::gem_project_(g, v, margin, ridge, out, pool()); });
+  });
+  m.def("gem_coefficients", [](const py::array_t<double, py::array::c_style>& products, double margin, double ridge) {
+    const int k = int(products.shape(0)) - 1;
+    return returned({2 * k + 1}, [&](double* out) { cpu::gem_coefficients(products.data(), k, margin, ridge, out); });
+  });
 }

@@ -19,3 +19,8 @@ def test_threads_share_no_element(strided: bool) -> None:
     native.emax_([operand(i, "u8") for i in importance], [operand(g, "f32") for g in grads])
     mean = native.spg_importance_([operand(i, "u8") for i in importance], [[operand(g, "f32") for g in grads]] * 2)
     assert 0 < mean <= 1
+    memories = [[operand(random_values(rng, len(g), "f32"), "f32") for g in grads] for _ in range(3)]
+    own = [operand(g, "f32") for g in grads]
+    assert native.project_(own, memories[0]).shape == (3,)
+    assert native.gram([own, *memories]).shape == (4, 4)
+    assert native.gem_project_(own, memories, 0.5, 1e-3).shape == (7,)

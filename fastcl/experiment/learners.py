@@ -1,0 +1,99 @@
+"""The table of methods: a method that is to run from the command line gets a row here, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fastcl.data import Batches, Buffer, ClassBalancedBuffer, ReservoirBuffer, TaskBalancedBuffer
+from fastcl.experiment.model import Net
+from fastcl.methods import AGEM, GEM, SPG, Joint, Naive, Replay
+
+if TYPE_CHECKING:
+    from fastcl.experiment.config import Config
+
+
+class Learner(Protocol):
+    """What the runner asks of a method."""
+
+    def after_backward(self) -> Any:
+        """Change the gradients, between backward and the optimizer's step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, copied."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+
+
+def _plain_end(learner: Any, loader: Batches) -> None:
+    learner.end_task(loader)
+
+
+def _end_with_loss(learner: Any, loader: Batches) -> None:
+    learner.end_task(loader, cross_entropy)
+
+
+class Row(NamedTuple):
+    """A method: one line of help, its settings with their defaults, how it is built from a model and a generator, how a task ends.
+
+    ``at_once``: it trains on all tasks together, so that only the last row of the accuracy matrix exists.
+    """
+
+    description: str
+    options: Mapping[str, Any]
+    build: Callable[[Net, Config, torch.Generator], Learner]
+    end_task: Callable[[Any, Batches], None] = _plain_end
+    at_once: bool = False
+
+
+KEEP: dict[str, type[Buffer]] = {"task": TaskBalancedBuffer, "class": ClassBalancedBuffer, "reservoir": ReservoirBuffer}
+
+
+def _with_head(model: Any, x: Any, task: int) -> Tensor:
+    logits: Tensor = model(x, task)
+    return logits
+
+
+def _memory(net: Net, config: Config, generator: torch.Generator) -> dict[str, Any]:
+    """The arguments that every method with a memory takes."""
+    kind, capacity = KEEP[config.options["keep"]], config.options["buffer"]
+    if kind is ClassBalancedBuffer:  # with targets local to their task a class is a pair of both
+        buffer: Buffer = ClassBalancedBuffer(capacity, generator=generator, per_task=config.scenario == "task")
+    else:
+        buffer = kind(capacity, generator=generator)
+    return {"model": net, "buffer": buffer, "loss_fn": cross_entropy, "forward": _with_head if len(net.heads) > 1 else None}
+
+
+def _agem(net: Net, config: Config, generator: torch.Generator) -> Learner:
+    return AGEM(**_memory(net, config, generator), batch_size=config.options["memory_batch"])
+
+
+def _gem(net: Net, config: Config, generator: torch.Generator) -> Learner:
+    o = config.options
+    return GEM(**_memory(net, config, generator), margin=o["margin"], ridge=o["ridge"], batch_size=o["memory_batch"] or None)
+
+
+def _replay(net: Net, config: Config, generator: torch.Generator) -> Learner:
+    o = config.options
+    return Replay(**_memory(net, config, generator), batch_size=o["memory_batch"], weight=o["weight"])
+
+
+def _spg(net: Net, config: Config, generator: torch.Generator) -> Learner:  # noqa: ARG001 (SPG draws nothing)
+    return SPG(net, net.heads, strength=config.options["strength"], shared=len(net.heads) == 1)
+
+
+_MEMORY = {"buffer": 100, "keep": "task", "memory_batch": 64}
+
+METHODS: dict[str, Row] = {
+    "naive": Row("fine-tuning, nothing against forgetting", {}, lambda net, _, __: Naive(net)),
+    "agem": Row("A-GEM, projection on one memory gradient", _MEMORY, _agem),
+    "gem": Row("GEM, projection on one memory gradient per past task", _MEMORY | {"memory_batch": 0, "margin": 0.5, "ridge": 1e-3}, _gem),
+    "replay": Row("experience replay", _MEMORY | {"weight": 1.0}, _replay),
+    "spg": Row("soft-masking of gradients, defined for task-incremental learning", {"strength": 1.0}, _spg, _end_with_loss),
+    "joint": Row("all tasks at once, the upper bound", {}, lambda net, _, __: Joint(net), at_once=True),
+}

@@ -1,0 +1,115 @@
+"""Models that are trained by several processes: DistributedDataParallel, and FSDP2's fully_shard with DTensors as parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcl.gradients import capture_gradients
+from fastcl.methods._model import Slot
+from fastcl.ops import _sharded
+
+
+def _class(module: str, name: str) -> tuple[type[Any], ...]:
+    """A class of a module that may never have been imported; then no instance of it exists."""
+    found = getattr(sys.modules.get(module), name, None)
+    return (found,) if found is not None else ()
+
+
+def prepare(model: nn.Module) -> None:
+    """Put the sharded parameters in their places.
+
+    Raises TypeError for FSDP1, whose flat parameters have lost the tensors that importance is about.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    _sharded.reshard(model)
+    for module in model.modules():
+        if isinstance(module, _class("torch.distributed.fsdp", "FullyShardedDataParallel")):
+            raise TypeError("model holds a FullyShardedDataParallel, whose parameters are flattened; use fully_shard (FSDP2) instead")
+
+
+def joins_in_backward(model: nn.Module) -> bool:
+    """Whether the ranks' gradients meet in ``backward()`` and nowhere else; torch.autograd.grad would give one rank's part, or nothing."""
+    kinds = _class("torch.distributed.fsdp", "FSDPModule") + _class("torch.nn.parallel", "DistributedDataParallel")
+    return any(isinstance(m, kinds) for m in model.modules())
+
+
+def gradients(output: Tensor, parameters: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of ``output`` as ``backward()`` leaves them; every ``.grad`` is afterwards as it was.
+
+    ``parameters`` are all of the model's, listed before the forward pass: FSDP2 puts others in their places until backward has come by.
+    """
+    with capture_gradients(parameters) as captured:
+        output.backward()  # type: ignore[no-untyped-call]
+    by_parameter = {id(p): g for p, g in zip(parameters, captured, strict=True)}
+    return [by_parameter[id(p)] for p in wanted]
+
+
+def check_hooks(slots: Sequence[Slot]) -> None:
+    """No hook would take a gradient for one of training. On plain parameters they may be DistributedDataParallel's own."""
+    for slot in slots:
+        if _sharded.is_sharded([p := slot.parameter()]) and p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"the parameter {slot.name!r} has a post-accumulate-grad hook, which would run (and perhaps step an optimizer) while "
+                "importance is computed; remove it for the time of end_task"
+            )
+
+
+def first_failing(tensors: Sequence[Tensor], holds: Callable[[Tensor], Tensor]) -> int | None:
+    """The first tensor of which some element does not hold, on any rank; all ranks get the same answer."""
+    if not _sharded.is_sharded(tensors):
+        return next((i for i, t in enumerate(tensors) if not bool(holds(t).all())), None)
+    failing = torch.stack([(~holds(t)).any() for t in _sharded.local("tensors", tensors)]).double()
+    return next((i for i, n in enumerate(_sharded.all_reduce_sum(failing, _sharded.mesh_of(("tensors", tensors))).tolist()) if n), None)
+
+
+def laid_out(value: Tensor, like: Tensor) -> bool:
+    """Whether ``value`` is on the device of ``like`` and sharded as it is."""
+    sharding = [(t.device_mesh, t.placements) if _sharded.is_sharded([t]) else None for t in (value, like)]  # type: ignore[attr-defined]
+    return value.device == like.device and sharding[0] == sharding[1]
+
+
+def lay_out(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` on the device of ``like`` and sharded as it is. A plain ``value`` is the whole tensor, the same on every rank."""
+    value = value.detach()
+    if laid_out(value, like):
+        return value
+    if not _sharded.is_sharded([like]):
+        whole: Tensor = value.full_tensor() if _sharded.is_sharded([value]) else value  # type: ignore[attr-defined]
+        return whole.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    sharded: Any = like
+    moved = value.to(like.device)
+    if isinstance(moved, DTensor):
+        return moved.redistribute(sharded.device_mesh, sharded.placements)
+    return distribute_tensor(moved, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def once(tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None], what: str) -> None:
+    """Call ``write`` with whole tensors: on the only process, or on the first of the mesh; return when it is done everywhere.
+
+    Raises OSError on every rank if it fails on the first.
+    """
+    values = list(tensors.values())
+    if not _sharded.is_sharded(values):
+        write(tensors)
+        return
+    mesh = _sharded.mesh_of(("importance", values))
+    whole = {name: t.full_tensor() if _sharded.is_sharded([t]) else t for name, t in tensors.items()}  # type: ignore[attr-defined]
+    problem: OSError | None = None
+    if not any(mesh.get_coordinate() or ()):
+        try:
+            write(whole)
+        except OSError as error:
+            problem = error
+    failed = _sharded.all_reduce_sum(torch.tensor(float(problem is not None), device=values[0].device), mesh)
+    if problem is not None:
+        raise problem
+    if bool(failed):
+        raise OSError(f"{what} cannot be written by the first rank of the mesh, whose error says why")
