@@ -58,6 +58,12 @@ void widen(const Operand& from, int64_t stride, int64_t skip, int64_t n, double*
   });
 }
 
+// Many streams that take turns are more than the hardware follows: the next block of one is asked for while this one is worked on.
+void prefetch_block(const Operand& from, int64_t begin, int64_t end) {
+  const int64_t size = size_of(from.dtype);
+  for (int64_t at = begin * size; at < end * size; at += 64) __builtin_prefetch(from.data + at);
+}
+
 // Neighbours are added first, so that the error grows with the logarithm of the count.
 void add_pairwise(double* parts, int64_t count, int64_t width) {
   for (int64_t step = 1; step < count; step *= 2)
@@ -168,8 +174,10 @@ void gram_sweep(const std::vector<const Views*>& lists, double* products, const 
       sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
         for (int64_t done = 0; done < n;) {
           const int64_t m = std::min(kGramBlock - filled, n - done);
-          for (int row = 0; row < k; ++row)
+          for (int row = 0; row < k; ++row) {
             widen(at[row], strides != nullptr ? strides[row] : 1, done, m, rows.data() + row * kGramBlock + filled);
+            if (strides == nullptr) prefetch_block(at[row], done + m, std::min(done + m + kGramBlock, n));
+          }
           filled += m;
           done += m;
           if (filled == kGramBlock) flush();
@@ -213,11 +221,14 @@ FASTCL_CLONES void narrow_run(const double* sum, char* data, int64_t stride, int
     for (int64_t e = 0; e < n; ++e) g[e * stride] = store<G>(sum[e]);
 }
 
-void add_block(const Operand* at, const int64_t* strides, int64_t done, int64_t m, const std::vector<double>& coefficients) {
+void add_block(const Operand* at, const int64_t* strides, int64_t done, int64_t n, const std::vector<double>& coefficients) {
   double sum[kBlock], memory[kBlock];
+  const int64_t m = std::min(kBlock, n - done), next = std::min(done + 2 * kBlock, n);
   widen(at[0], strides != nullptr ? strides[0] : 1, done, m, sum);
+  if (strides == nullptr) prefetch_block(at[0], done + m, next);
   for (size_t k = 0; k < coefficients.size(); ++k) {
     const Operand& from = at[k + 1];
+    if (strides == nullptr) prefetch_block(from, done + m, next);
     if (strides != nullptr) {
       widen(from, strides[k + 1], done, m, memory);
       add_to<double>(sum, reinterpret_cast<const char*>(memory), m, coefficients[k]);
@@ -285,7 +296,7 @@ void combine_(const Views& grads, const std::vector<Views>& memories, const doub
           });
           return;
         }
-        for (int64_t done = 0; done < n; done += kBlock) add_block(at, strides, done, std::min(kBlock, n - done), used);
+        for (int64_t done = 0; done < n; done += kBlock) add_block(at, strides, done, n, used);
       });
   });
 }
