@@ -231,7 +231,7 @@ def test_the_quadratic_programme_compiles(count: int, launches: list[Any], tmp_p
     projection.gem_coefficients(torch.zeros(count + 1, count + 1, dtype=F64), 0.5, 1e-3)
     for target in ("sm_80", "sm_90"):
         used = resources(launches[0], target, tmp_path / "cubin")
-        # Three tiles of 64 x 64 are more than 16 warps hold: up to 192 bytes per thread with Triton 3.9, 368 with 3.6. They stay in the cache.
+        # Three tiles of 64 x 64 are more than 16 warps hold: 192 bytes per thread stay in the cache with Triton 3.9, 368 with 3.6.
         assert used["STACK"] <= (368 if count > 32 else 16), used
     assert not re.search(r"\b(div|sqrt)\.(full|approx)|\.f32\b", compiled(launches[0], "sm_90")["ptx"])
 
