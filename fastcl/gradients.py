@@ -161,8 +161,9 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
 
     Within the block every ``.grad`` starts as None. The list is empty until the block ends, and then holds one gradient (or None) per
     parameter, in order; these are the tensors that autograd made. If the block raises, the parameters' own gradients are put back and the
-    list stays empty. Gradients that are views into a buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``) are copied,
-    since the next backward would overwrite them: the parameters' own before the block, the captured ones after it.
+    list stays empty. Gradients that are views into a buffer (DistributedDataParallel with ``gradient_as_bucket_view=True``) are the
+    exception: a further backward writes over them, so the values of the own ones are set aside and copied back, and the captured ones are
+    copies.
 
     Under ``fully_shard`` (FSDP2) the gradients are DTensors, under DistributedDataParallel the averages over the ranks; the block's forward
     pass has to go through the wrapped model.
@@ -172,28 +173,43 @@ def capture_gradients(params: Params) -> Iterator[list[Tensor | None]]:
 
     Raises:
         TypeError: ``params`` is a tensor or holds something else.
-        RuntimeError: the block's backward wrote into the memory of the parameters' own gradients.
+        RuntimeError: the block's backward wrote into the memory of the parameters' own gradients, or a parameter changed its shape, dtype
+            or device in the block; all other gradients have been put back then.
     """
     if isinstance(params, nn.Module):
         _sharded.reshard(params)
     listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
-    own = [_kept(p.grad) for p in listed]
+    own = [p.grad for p in listed]
+    values = [_kept(grad) for grad in own]
     captured: list[Tensor | None] = []
     for p in listed:
         p.grad = None
     try:
         yield captured
-        found = [p.grad for p in listed]
+        found = [_kept(p.grad) for p in listed]
     finally:
-        for p, grad in zip(listed, own, strict=True):
-            p.grad = grad
-    for n, (a, b) in enumerate(zip(own, found, strict=True)):
+        lost = [n for n, (p, grad, value) in enumerate(zip(listed, own, values, strict=True)) if not _put_back(p, grad, value)]
+    if lost:
+        raise RuntimeError(f"params[{lost[0]}] changed its shape, dtype or device in the block, so that its own gradient no longer fits it")
+    for n, (a, b) in enumerate(zip(values, found, strict=True)):
         if type(a) is Tensor and type(b) is Tensor and a.layout == b.layout == torch.strided and a.numel() and a.data_ptr() == b.data_ptr():
             raise RuntimeError(
                 f"the backward pass wrote over the gradient of params[{n}], which lies in a buffer that is used again; with "
                 "DistributedDataParallel set gradient_as_bucket_view=False"
             )
-    captured.extend(_kept(grad) for grad in found)
+    captured.extend(found)
+
+
+def _put_back(p: Tensor, grad: Tensor | None, value: Tensor | None) -> bool:
+    """Make ``grad`` the parameter's own again, with the values that were set aside; False if it no longer fits."""
+    try:
+        p.grad = grad
+    except RuntimeError:
+        return False
+    if grad is not value and grad is not None and value is not None:
+        with torch.no_grad():
+            grad.copy_(value)
+    return True
 
 
 def _kept(grad: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastcl.kernels._math import float64
 
+_SETTLED = tl.constexpr(1e-9)  # as in csrc/core/projection.h
 _ROUNDOFF = tl.constexpr(2.0**-52)
 
 
@@ -89,7 +90,9 @@ def nonnegative_qp(q: tl.tensor, p: tl.tensor, n: tl.tensor, N: tl.constexpr) ->
         if enters:
             swept = _sweep(inverse, entering, N)
             s = _minimum(q, swept, p, trial, N)
-            enters = tl.sum(tl.where(own, s, 0.0), 0) > 0
+            # Where the passive equations are dependent but for rounding, refinement does not converge.
+            left = tl.max(tl.where(trial != 0, tl.abs(p + tl.sum(q * s[None, :], 1)), 0.0), 0)
+            enters = (tl.sum(tl.where(own, s, 0.0), 0) > 0) & (left <= _SETTLED * tl.max(tl.abs(p), 0))
         if enters:
             inverse = swept
             ratio = _ratios(u, s, trial)

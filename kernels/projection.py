@@ -32,10 +32,12 @@ def agem_kernel(partials: tl.tensor, out: tl.tensor, blocks: tl.tensor, CHUNK: t
     """``[g.r, r.r, coefficient]``."""
     dot = total(partials, blocks, CHUNK)
     square = total(partials + blocks, blocks, CHUNK)
-    allowed = (dot >= 0) & (square < float("inf"))
+    violated = (dot < 0) & (square > 0)
+    number = (square < float("inf")) & (dot == dot)
     tl.store(out, dot)
     tl.store(out + 1, square)
-    tl.store(out + 2, tl.where(allowed, 0.0, -dot / tl.where(allowed, 1.0, square)))
+    coefficient = tl.where(violated, -dot / tl.where(violated, square, 1.0), 0.0)
+    tl.store(out + 2, tl.where(number, coefficient, float("nan")))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

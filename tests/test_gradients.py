@@ -190,3 +190,29 @@ def test_a_scaler_skips_a_step_whose_reference_overflowed():
     scaler.update()
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
     assert scaler.get_scale() == 4.0
+
+
+def test_what_no_longer_fits_is_named_and_the_others_are_put_back():
+    net = model()
+    loss(net, 0).backward()
+    own = [p.grad for p in net.parameters()]
+    context = fastcl.capture_gradients(net)
+    context.__enter__()
+    net[2].weight.data = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match=r"params\[2\] changed its shape"):
+        context.__exit__(None, None, None)
+    assert all(p.grad is g for n, (p, g) in enumerate(zip(net.parameters(), own, strict=True)) if n != 2)
+
+
+def test_gradients_in_a_flat_buffer_stay_there():
+    net = model()
+    buffer = torch.zeros(sum(p.numel() for p in net.parameters()))
+    at = 0
+    for p in net.parameters():
+        p.grad = buffer[at : at + p.numel()].view_as(p)
+        at += p.numel()
+    loss(net, 0).backward()
+    own, values = [p.grad for p in net.parameters()], buffer.clone()
+    captured(net, 1)
+    assert all(p.grad is g for p, g in zip(net.parameters(), own, strict=True))
+    assert torch.equal(buffer, values)

@@ -400,3 +400,33 @@ def test_other_bad_input(device, call, error, message):
     with pytest.raises(error, match=message):
         call(g)
     assert all(identical(a, b) for a, b in zip(g, before, strict=True))
+
+
+def test_squares_beyond_float64_and_below_it(device):
+    for value, changed in ((-1e200, True), (1e200, True), (-1e-200, False), (1e-200, False)):
+        grads = [torch.ones(5, dtype=torch.float64, device=device)]
+        ops.project_(grads, [torch.full((5,), value, dtype=torch.float64, device=device)])
+        assert bool(grads[0].isnan().all()) == changed, value
+        assert changed or bool((grads[0] == 1).all()), value
+
+
+def test_conjugate_views_are_refused_by_name(device):
+    with pytest.raises(TypeError, match=r"grads\[0\] has dtype complex64"):
+        ops.project_([torch.ones(4, dtype=torch.complex64, device=device).conj()], [torch.ones(4, device=device)])
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-7, 1e-8, 1e-9])
+def test_dependent_memories_but_for_noise_stay_near_their_constraints(device, noise):
+    count, size = (6, 9) if INTERPRETED else (20, 30)
+    for seed in range(3 if INTERPRETED else 30):
+        gen = torch.Generator().manual_seed(seed)
+        low = torch.randn(count, count // 2, dtype=torch.float64, generator=gen) @ torch.randn(
+            count // 2, size, dtype=torch.float64, generator=gen
+        )
+        rows = low / count**0.5 + noise * torch.randn(count, size, dtype=torch.float64, generator=gen)
+        g = torch.randn(size, dtype=torch.float64, generator=gen)
+        grads = [g.clone().to(device)]
+        info = ops.gem_project_(grads, [[r.to(device)] for r in rows], 0.5, 0.0)
+        if bool(info.violated):
+            worst = float((rows @ grads[0].cpu() / rows.norm(dim=1) / g.norm()).min())
+            assert worst >= -1e-5, (seed, worst)

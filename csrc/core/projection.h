@@ -8,10 +8,10 @@
 
 namespace fastcl {
 
-// What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer numbers.
+// What A-GEM adds of the reference: 0 if nothing is violated, NaN if the dot products are no longer finite numbers.
 FASTCL_HD double agem_coefficient(double dot, double square) {
-  if (dot >= 0 && square < INFINITY) return 0;
-  return square > 0 ? -dot / square : NAN;
+  if (!(square < INFINITY) || dot != dot) return NAN;
+  return dot < 0 && square > 0 ? -dot / square : 0.0;  // squares that all vanish leave no direction
 }
 
 // Element of g + sum_k v_k m_k, the sum kept in double and rounded once at the end.
@@ -26,6 +26,7 @@ FASTCL_HD double add_scaled(double sum, double coefficient, M memory) {
 
 constexpr int kMostMemories = 64;
 constexpr double kRoundoff = 0x1p-52;
+constexpr double kSettled = 1e-9;  // what may be left of an equation, relative to the largest right side
 
 // One thread that does everything.
 struct Alone {
@@ -117,6 +118,26 @@ struct NonnegativeQP {
     }
   }
 
+  // Whether s solves the passive equations: where they are dependent but for rounding, refinement does not converge.
+  template <class Team>
+  FASTCL_HD bool settled(const Team& team) const {
+    const int width = row_of(n);
+    FASTCL_ROLLED
+    for (int i = team.rank; i < n; i += team.size) {
+      double sum = p[i];
+      for (int j = 0; j < n; ++j) sum += q[i * width + j] * s[j];
+      residual[i] = passive[i] ? fabs(sum) : 0;
+    }
+    team.sync();
+    double largest = 0, size = 0;
+    for (int i = 0; i < n; ++i) {
+      largest = residual[i] > largest || residual[i] != residual[i] ? residual[i] : largest;
+      size = fmax(size, fabs(p[i]));
+    }
+    team.sync();
+    return largest <= kSettled * size;
+  }
+
   // The free variable along which the objective falls most steeply, beyond rounding; -1 if there is none.
   template <class Team>
   FASTCL_HD int steepest(const Team& team) const {
@@ -177,7 +198,7 @@ struct NonnegativeQP {
       factor(fresh ? entering : -1, team);
       if (entering >= 0) {
         minimum(team);
-        if (fresh && !(s[entering] > 0)) {
+        if (fresh && !(settled(team) && s[entering] > 0)) {
           team.sync();
           if (team.rank == 0) {
             passive[entering] = 0;

@@ -29,6 +29,8 @@ def listed(name: str, value: object, *, missing: bool = False) -> None:
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(t).__name__}")
         if t.is_nested:  # the dispatcher has no fallback for them and says so in 200 lines
             raise TypeError(f"{name}[{i}] must be a dense tensor, got a nested one; pass its .unbind() tensors")
+        if t.is_complex() and not torch.compiler.is_compiling() and t.is_conj():
+            raise TypeError(f"{name}[{i}] has dtype {_names([t.dtype])}; accepted are {_names(FLOATING)}")
         # Before the dispatcher sees it, whose own error names no argument. torch.compile cannot ask, and materialises such views.
         if not torch.compiler.is_compiling():
             _not_negated(name, i, t)

@@ -123,6 +123,26 @@ def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in own]
 
 
+def check_apart(written_name: str, written: Sequence[Tensor], *others: Named) -> None:
+    """No tensor is given twice where it is written: what every rank sees alike, whether or not it holds a part of it.
+
+    Raises ValueError. Views that share memory in part are told apart on each rank, by the ops.
+    """
+    first = {id(_own(t)): i for i, t in reversed(list(enumerate(written)))}
+    for i, t in enumerate(written):
+        if first[id(_own(t))] != i:
+            raise ValueError(f"{written_name}[{i}] and {written_name}[{first[id(_own(t))]}] share memory: they are one tensor; pass a copy")
+    for name, tensors in others:
+        for i, t in enumerate(tensors):
+            if id(_own(t)) in first:
+                raise ValueError(f"{name}[{i}] and {written_name}[{first[id(_own(t))]}] share memory: they are one tensor; pass a copy")
+
+
+def _own(t: Tensor) -> Tensor:
+    own: Tensor = getattr(t, "_local_tensor", t)  # not to_local(), which makes another object each time
+    return own
+
+
 def counted(tensors: Sequence[Tensor], mesh: DeviceMesh) -> list[bool]:
     """Which of this rank's local tensors a sum over all ranks counts: of a replicated one, as plain ones are, one rank's only."""
     from torch.distributed.tensor import DTensor

@@ -28,6 +28,7 @@ def gram(*named: Named) -> Tensor:
 @_sharded.outside_graphs
 def project_(grads: Sequence[Tensor], reference: Sequence[Tensor], check: CheckWritten) -> Tensor:
     """``[g.r, r.r, coefficient]``, as the operator returns it."""
+    _sharded.check_apart("grads", grads, ("reference", reference))
     mesh, (g, r) = _local(("grads", grads), ("reference", reference))
     _checks.not_recorded("grads", grads)
     _, dot, _, square = _products(grads, [g, r], mesh).flatten().unbind()
@@ -39,6 +40,7 @@ def project_(grads: Sequence[Tensor], reference: Sequence[Tensor], check: CheckW
 @_sharded.outside_graphs
 def gem_project_(grads: Sequence[Tensor], memories: Sequence[Named], margin: float, ridge: float, check: CheckWritten) -> Tensor:
     """``[violated, v, dots]``, as the operator returns it."""
+    _sharded.check_apart("grads", grads, *memories)
     mesh, (g, *shards) = _local(("grads", grads), *memories)
     _checks.not_recorded("grads", grads)
     products = _products(grads, [*shards, g], mesh)
@@ -55,7 +57,12 @@ def _local(*named: Named) -> tuple[DeviceMesh, list[list[Tensor]]]:
     for name, value in others:
         _checks.same_shape(name, value, *first)
         _sharded.check_matching(name, value, *first, one_element=False)
-    return mesh, [[_dispatch.plain(t) for t in _sharded.shards(value)] for _, value in named]
+    shards = [[_dispatch.plain(t) for t in _sharded.shards(value)] for _, value in named]
+    # Here and not in the op, which sees what this rank counts: all ranks have to raise, or the others would wait for this one.
+    for (name, _), column in zip(named, shards, strict=True):
+        if any(t.dtype not in _checks.FLOATING or t.layout != torch.strided for t in column):
+            _checks.dense(name, column, _checks.FLOATING)
+    return mesh, shards
 
 
 def _products(tensors: Sequence[Tensor], shards: Sequence[Sequence[Tensor]], mesh: DeviceMesh) -> Tensor:

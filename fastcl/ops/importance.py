@@ -152,6 +152,7 @@ _dispatch.define(
 def _sharded_spg(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:
     """The op on shards: moments of what this rank holds, those of all ranks together, and with them this rank's second sweep."""
     named = [(f"grads_by_head[{h}]", head) for h, head in enumerate(grads_by_head)]
+    _sharded.check_apart("accumulated", accumulated, *named)
     mesh = _sharded.mesh_of(("accumulated", accumulated), *named)
     _checks.not_recorded("accumulated", accumulated)
     _checks.one_device(("accumulated", accumulated), *named)

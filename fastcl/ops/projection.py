@@ -68,8 +68,8 @@ def project_(grads: Gradients, reference: Gradients) -> ProjectionInfo:
     Chaudhry, Ranzato, Rohrbach and Elhoseiny, "Efficient Lifelong Learning with A-GEM", ICLR 2019, eq. 11. One sweep over ``g`` and
     ``r`` for both dot products, over all tensors jointly, in float64 and in a fixed order (:func:`grad_dot`); the decision is made on
     the device, and a second sweep reads and writes only if the constraint is violated. It computes in float64 and rounds once to
-    ``g``'s dtype. ``r = 0`` leaves ``g`` as it is. When ``g.r`` is NaN or ``r.r`` not finite, every element of ``g`` becomes NaN, so that
-    torch.amp.GradScaler skips the step. Not differentiable.
+    ``g``'s dtype. ``r = 0`` leaves ``g`` as it is. When ``g.r`` is NaN or ``r.r`` not finite (in float64), every element of ``g`` becomes
+    NaN, so that torch.amp.GradScaler skips the step. Not differentiable.
 
     Args:
         grads: list of dense tensors on one device, float64, float32, bfloat16 or float16, any strides; written. They may not share
@@ -127,7 +127,8 @@ def gem_project_(grads: Gradients, memories: Sequence[Gradients], margin: float 
     gradients. Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, eq. 11 and 12 (their
     ``memory_strength`` is the margin). The Gram matrix is made in one sweep (:func:`gram`), the quadratic programme is solved in float64
     by an active-set method on the device, and a second sweep reads and writes only if something is violated. With K = 1, margin 0 and
-    ridge 0 this is :func:`project_`. NaN or Inf in a memory or in ``g`` make every element of ``g`` NaN. Not differentiable.
+    ridge 0 this is :func:`project_`. A NaN or Inf in a memory, and a NaN in ``g``, make every element of ``g`` NaN; an Inf in ``g`` does
+    so or stays. Not differentiable.
 
     Args:
         grads: as in :func:`project_`; written.

@@ -41,9 +41,10 @@ def project_(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
 
 
 def project_coefficient(dot: Tensor, square: Tensor) -> Tensor:
-    """What is added of the reference: ``-(g.r)/(r.r)`` if ``g.r < 0``, else 0."""
-    allowed = (dot >= 0) & (square < torch.inf)
-    return torch.where(allowed, torch.zeros_like(dot), -dot / square)
+    """What is added of the reference: ``-(g.r)/(r.r)`` if ``g.r < 0``, else 0; NaN if ``g.r`` is NaN or ``r.r`` not finite."""
+    violated = (dot < 0) & (square > 0)
+    coefficient = torch.where(violated, -dot / square, 0.0)
+    return torch.where((square < torch.inf) & ~dot.isnan(), coefficient, torch.nan)
 
 
 def gem_project_(grads: Sequence[Tensor], memories: Sequence[Sequence[Tensor]], margin: float, ridge: float) -> Tensor:
