@@ -3,7 +3,7 @@
 
 #include "core/projection.h"
 
-#include <array>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "cpu/joint.h"
@@ -17,28 +17,70 @@ constexpr int64_t kPart = 16384;
 constexpr int64_t kBlock = 1024;
 constexpr int kLanes = 32;
 
-FASTCL_HD double fold_lanes(double* lane) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+// Eight doubles whatever the processor has.
+typedef double Wide __attribute__((vector_size(64)));
+constexpr int kWide = 8;
+
+template <class T>
+FASTCL_HD void widen_eight(const T* x, Wide& out) {
+  if constexpr (std::is_same_v<T, float>) {
+    typedef float Narrow __attribute__((vector_size(32)));
+    Narrow narrow;
+    memcpy(&narrow, x, sizeof(narrow));
+    out = __builtin_convertvector(narrow, Wide);
+  } else {
+    double wide[kWide];
+    for (int l = 0; l < kWide; ++l) wide[l] = load<double>(x[l]);
+    memcpy(&out, wide, sizeof(out));
+  }
 }
 
-template <class A, class B>
-FASTCL_CLONES double dot_block(const char* a_data, const char* b_data, int64_t n) {
+// Neighbours are far apart in the order of summation: 32 sums side by side, folded in halves.
+struct Lanes {
+  static constexpr int kCount = kLanes / kWide;
+  Wide lane[kCount] = {};
+  FASTCL_HD double fold() const {
+    const Wide s = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+};
+static_assert(Lanes::kCount == 4, "fold() adds four");
+
+struct Products {
+  double dot, square;
+};
+
+// a . b, and with_square b . b from the same loads.
+template <class A, class B, bool with_square>
+FASTCL_CLONES Products dot_block(const char* a_data, const char* b_data, int64_t n) {
   const A* a = reinterpret_cast<const A*>(a_data);
   const B* b = reinterpret_cast<const B*>(b_data);
-  double lane[kLanes] = {};
+  Lanes dot, square;
   int64_t e = 0;
   for (; e + kLanes <= n; e += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += load<double>(a[e + l]) * load<double>(b[e + l]);
-  for (int l = 0; e < n; ++e, ++l) lane[l] += load<double>(a[e]) * load<double>(b[e]);
-  return fold_lanes(lane);
+    for (int l = 0; l < Lanes::kCount; ++l) {
+      Wide x, y;
+      widen_eight(a + e + l * kWide, x);
+      widen_eight(b + e + l * kWide, y);
+      dot.lane[l] += x * y;
+      if constexpr (with_square) square.lane[l] += y * y;
+    }
+  for (int l = 0; e < n; ++e, ++l) {
+    const double x = load<double>(a[e]), y = load<double>(b[e]);
+    dot.lane[l / kWide][l % kWide] += x * y;
+    if constexpr (with_square) square.lane[l / kWide][l % kWide] += y * y;
+  }
+  return {dot.fold(), square.fold()};
 }
 
-using Dot = double (*)(const char*, const char*, int64_t);
-Dot dot_of(DType a, DType b) {
+using Dot = Products (*)(const char*, const char*, int64_t);
+Dot dot_of(DType a, DType b, bool with_square) {
   return with_floating(a, [&](auto x) {
-    return with_floating(b, [](auto y) -> Dot { return dot_block<typename decltype(x)::type, typename decltype(y)::type>; });
+    return with_floating(b, [&](auto y) -> Dot {
+      using A = typename decltype(x)::type;
+      using B = typename decltype(y)::type;
+      return with_square ? dot_block<A, B, true> : dot_block<A, B, false>;
+    });
   });
 }
 
@@ -83,10 +125,6 @@ struct Sum {
   double total() const { return std::isfinite(value) ? value + rest : value; }
 };
 
-struct Products {
-  double dot, square;
-};
-
 // a . b, and with_square b . b as well, in one sweep.
 Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool& pool) {
   const JointSweep sweep({&a, &b}, kPart);
@@ -96,8 +134,8 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
       Sum dot, square;
       sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
         double packed[2][kBlock];
-        const Dot product = strides != nullptr ? dot_of(DType::f64, DType::f64) : dot_of(at[0].dtype, at[1].dtype);
-        const Dot own = strides != nullptr ? product : dot_of(at[1].dtype, at[1].dtype);
+        const bool packs = strides != nullptr;
+        const Dot products = dot_of(packs ? DType::f64 : at[0].dtype, packs ? DType::f64 : at[1].dtype, with_square);
         for (int64_t done = 0; done < n; done += kBlock) {
           const int64_t m = std::min(kBlock, n - done);
           const char *x = at[0].data + done * size_of(at[0].dtype), *y = at[1].data + done * size_of(at[1].dtype);
@@ -106,8 +144,9 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
             x = reinterpret_cast<const char*>(packed[0]);
             y = reinterpret_cast<const char*>(packed[1]);
           }
-          dot.add(product(x, y, m));
-          if (with_square) square.add(own(y, y, m));
+          const Products own = products(x, y, m);
+          dot.add(own.dot);
+          square.add(own.square);
         }
       });
       parts[2 * p] = dot.total();
@@ -121,9 +160,8 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
 
 // ---- Gram matrix
 
-// Eight doubles whatever the processor has; a tile of products stays in registers.
-typedef double Wide __attribute__((vector_size(64)));
-constexpr int kWide = 8, kTileRows = 4, kTileColumns = 2;
+// A tile of products stays in registers.
+constexpr int kTileRows = 4, kTileColumns = 2;
 constexpr int64_t kGramBlock = 256;
 // Few, so that the partial matrices stay small against the vectors.
 constexpr int64_t kGramParts = 128;
