@@ -623,6 +623,17 @@ def projection_errors(world: int) -> None:
     refused(ValueError, r"memories\[1\]\[0\] has the placements", ops.gem_project_, shard[:1], [shard[1:], across[:1]])
     refused(ValueError, r"ridge", ops.gem_project_, shard[:1], [shard[1:]], 0.5, -1.0)
     refused(TypeError, "int64", ops.grad_dot, [spread(torch.arange(4), mesh, [Shard(0)])], [spread(torch.arange(4), mesh, [Shard(0)])])
+    # What one rank alone counts or holds: all of them have to raise, or the others would wait in the sum.
+    ones, plain = torch.ones(2), torch.ones(2)
+    for placement, t in ((Replicate(), ones), (Shard(0), ones[:1])):
+        good, bad = spread(t, mesh, [placement]), spread(t.long(), mesh, [placement])
+        refused(TypeError, r"reference\[0\] has dtype int64", ops.project_, [good], [bad])
+        refused(TypeError, r"memories\[1\]\[0\] has dtype int64", ops.gem_project_, [good], [[good.clone()], [bad]])
+        refused(TypeError, r"b\[0\] has dtype int64", ops.grad_dot, [good], [bad])
+        refused(ValueError, "share memory", ops.project_, [good], [good])
+        refused(ValueError, "share memory", ops.project_, [good, good], [good.clone(), good.clone()])
+        refused(ValueError, "share memory", ops.spg_importance_, [good, good], [[good.clone(), good.clone()]])
+    refused(TypeError, r"reference\[1\] has dtype int64", ops.project_, [shard[0], plain], [shard[1], plain.long()])
     with pytest.raises(Exception, match=r"disable|_sharded_projection"):
         torch.compile(lambda g, r: ops.project_([g], [r]).dot, backend="aot_eager", fullgraph=True)(*shard)
     torch._dynamo.reset()
