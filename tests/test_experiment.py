@@ -344,6 +344,16 @@ class TestFolder:
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json", "notes.txt", "seed-list", "seed0"]
         assert read_config(tmp_path / "config.json") == small(tasks=1)
 
+    @pytest.mark.parametrize("content", ["{}", '{"format": "another", "version": 1}', "[]", "{", "[" * 100_000], ids=str.__len__)
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_config_of_something_else_keeps_its_folder(self, tmp_path, content, force) -> None:
+        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "seed0").mkdir()
+        (tmp_path / "seed0/mine").write_text("x")
+        with pytest.raises(FolderError, match=r"out is not the folder of a run: .*config\.json (has the format|is damaged)"):
+            run(small(tasks=1), tmp_path, force=force)
+        assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "mine", "seed0"]
+
     def test_what_is_no_run_is_refused(self, tmp_path) -> None:
         (tmp_path / "file").write_text("x")
         for out, message in [
