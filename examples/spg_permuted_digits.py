@@ -16,7 +16,7 @@ Naive fine-tuning is also shown at SPG's setting (72.6 and 27.3 in the grid), wh
 forgets: with 512 units the best were 85.5 and 9.6 for naive (lr 0.02, 40 epochs), 90.9 and 2.9 for SPG (lr 0.05, 40 epochs). They are
 left out of the grid because the demo is to end in two minutes on two cores.
 
-Run it with ``python examples/spg_permuted_digits.py``; ``pip install '.[demo]'`` in the checkout brings what it needs. It writes accuracy matrices and
+Run it with ``python examples/spg_permuted_digits.py``; ``pip install '.[demo]'`` brings what it needs. It writes accuracy matrices and
 measures as CSV and two plots to ``--out``.
 """
 

@@ -278,6 +278,7 @@ class TestCompare:
         [
             ({"steps": 0}, "steps"),
             ({"seconds": None}, "seconds"),
+            ({"seconds": 10**400}, "seconds"),
             ({"matrix": [[0.5]]}, "matrix"),
             ({"matrix": [[None] * 5] * 5}, "matrix"),
             ({"baseline": [0.1]}, "baseline"),
