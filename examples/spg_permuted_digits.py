@@ -16,7 +16,7 @@ Naive fine-tuning is also shown at SPG's setting (72.6 and 27.3 in the grid), wh
 forgets: with 512 units the best were 85.5 and 9.6 for naive (lr 0.02, 40 epochs), 90.9 and 2.9 for SPG (lr 0.05, 40 epochs). They are
 left out of the grid because the demo is to end in two minutes on two cores.
 
-Run it with ``python examples/spg_permuted_digits.py``; ``pip install 'fastcl[demo]'`` brings what it needs. It writes accuracy matrices and
+Run it with ``python examples/spg_permuted_digits.py``; ``pip install '.[demo]'`` brings what it needs. It writes accuracy matrices and
 measures as CSV and two plots to ``--out``.
 """
 
@@ -51,7 +51,7 @@ try:
     from rich.table import Table
     from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"this example needs {error.name}: pip install 'fastcl[demo]'")
+    sys.exit(f"this example needs {error.name}: pip install '.[demo]'")
 
 TASKS, BATCH, TUNING_SEED = 5, 32, 100
 GRID = {"width": (128, 256), "lr": (0.02, 0.05, 0.2, 0.5), "epochs": (10, 20, 40)}

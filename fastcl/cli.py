@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from fastcl.support import render, support
 
 HELP = ("-h", "--help")
+INSTALL = "pip install 'fastcl[cli]', or '.[cli]' in a checkout"
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "fastcl") -> None:
     """Run the command line; without a sub-command it prints the support report."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv), prog)
+    except KeyboardInterrupt:  # also while the sub-commands are imported, which takes seconds
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _main(arguments: list[str], prog: str) -> None:
     if arguments[:1] == ["support"]:
         report(arguments[1:], f"{prog} support")
     elif not arguments or (arguments[0].startswith("-") and arguments[0] not in HELP):
@@ -27,8 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "fastcl") -> None:
             if error.name and error.name.split(".")[0] == "fastcl":
                 raise
             if arguments[0] in HELP:
-                report(arguments, prog, f"The sub-commands run and compare need {error.name}: pip install 'fastcl[cli]'")
-            sys.exit(f"{prog} {arguments[0]}: needs {error.name}, which is not installed; pip install 'fastcl[cli]'")
+                report(arguments, prog, f"The sub-commands run and compare need {error.name}: {INSTALL}")
+            sys.exit(f"{prog} {arguments[0]}: needs {error.name}, which is not installed; {INSTALL}")
         sys.exit(execute(arguments, prog))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ pytest.importorskip("matplotlib", reason="the plots need pip install 'fastcl[cli
 from fastcl import cli
 from fastcl.data import STREAMS
 from fastcl.experiment import METHODS, Config, load_run, run
+from fastcl.experiment.compare import told_apart
 from fastcl.experiment.config import FIELDS
 from fastcl.experiment.folder import read_config
+from fastcl.experiment.training import Training
 from processes import ROOT, environment, package_copy, python
 
 SMALL = ["--epochs", "1", "--width", "16", "--depth", "1", "--tasks", "2"]
@@ -115,6 +120,24 @@ class TestRun:
         found = load_run(tmp_path / "d").config
         assert (found.scenario, found.tasks, found.method, found.width) == ("domain", 5, "replay", 16)
 
+    def test_another_method_brings_its_own_defaults(self, capsys, tmp_path) -> None:
+        fastcl(capsys, "run", *SMALL, "--method", "gem", "--buffer", "30", "--out", tmp_path / "a")
+        assert fastcl(capsys, "run", "--config", tmp_path / "a/config.json", "--method", "agem", "--out", tmp_path / "b")[0] == 0
+        assert load_run(tmp_path / "b").config == Config.of(method="agem", buffer=30, epochs=1, width=16, depth=1, tasks=2)
+
+    def test_flags_can_be_taken_back(self, capsys, tmp_path) -> None:
+        fastcl(capsys, "run", *SMALL, "--validation", "--out", tmp_path / "a")
+        again = ["--config", tmp_path / "a/config.json", "--out", tmp_path / "b"]
+        assert read_config(tmp_path / "a/config.json").validation is True
+        assert fastcl(capsys, "run", *again, "--no-validation")[0] == 0
+        assert read_config(tmp_path / "b/config.json").validation is False
+
+    @pytest.mark.parametrize(("more", "again"), [([], "the same command"), (["--force"], "the same command without --force")])
+    def test_interrupted(self, capsys, tmp_path, monkeypatch, more, again) -> None:
+        monkeypatch.setattr(Training, "stage", Mock(side_effect=KeyboardInterrupt))
+        status, _, err = fastcl(capsys, "run", *SMALL, *more, "--out", tmp_path)
+        assert (status, err.splitlines()[-1]) == (130, f"fastcl run: interrupted; {again} goes on after the last task that ended")
+
     @pytest.mark.parametrize(
         ("options", "said"),
         [
@@ -125,9 +148,9 @@ class TestRun:
                 "--scenario of permuted-digits must be one of domain, task; got 'class'",
             ),
             (["--tasks", "3"], "--tasks must divide the 10 classes, so be one of [1, 2, 5, 10]; got 3"),
-            (["--epochs", "0"], "--epochs must be a whole number from 1; got 0"),
+            (["--epochs", "0"], "--epochs must be a whole number from 1 to 2147483647; got 0"),
             (["--lr", "nan"], "--lr must be a finite number above 0; got nan"),
-            (["--batch-size", "-4"], "--batch-size must be a whole number from 1; got -4"),
+            (["--batch-size", "-4"], "--batch-size must be a whole number from 1 to 2147483647; got -4"),
             (["--method", "agem", "--buffer", "3"], "--buffer must be at least 5, a sample for each task, with keep=task; got 3"),
             (["--method", "spg", "--strength", "2"], "--strength must be a number in [0, 1]; got 2.0"),
             (["--device", "cuda:99"], "--device must be a device that torch sees here: cpu, cuda or cuda:N; got 'cuda:99'"),
@@ -221,6 +244,65 @@ class TestCompare:
         assert status == 1
         assert err.endswith("fastcl compare: none of the given runs has a complete seed\n")
 
+    def test_folders_of_one_name_are_told_apart(self, capsys, runs, tmp_path) -> None:
+        for above, method in (("a", "naive"), ("b", "agem")):
+            shutil.copytree(runs / method, tmp_path / above / "x")
+        given = [tmp_path / "a/x", tmp_path / "b/x", tmp_path / "b/../b/x"]
+        status, out, _ = fastcl(capsys, "compare", *given, "--out", tmp_path / "c")
+        assert status == 0
+        with (tmp_path / "c/comparison.csv").open() as file:
+            assert [row["run"] for row in csv.DictReader(file)] == ["a/x", "b/x"]
+        assert out.count("b/x") == 1
+        assert told_apart([Path("/r/x"), Path("/r/y/x"), Path("/r/z")]) == ["r/x", "y/x", "z"]
+        assert told_apart([Path("/x"), Path("/r/x")]) == ["//x", "r/x"]
+
+    def test_names_are_shown_as_they_are(self, capsys, runs, tmp_path) -> None:
+        """Neither rich's markup nor TeX: this one would be an error in both."""
+        folder = tmp_path / "_[bold]x[" / "bold] $\\frac{$"  # with its parent's name: a closing tag
+        for name, at in (("naive", folder), ("agem", tmp_path / folder.name)):
+            shutil.copytree(runs / name, at)
+        status, out, err = fastcl(capsys, "compare", folder, tmp_path / folder.name, "--out", tmp_path / "c")
+        assert (status, err) == (0, "")
+        assert "[bold]x[/bold] $\\frac{$" in "".join(line.split("│")[1].strip() for line in out.splitlines() if line.count("│") > 3)
+
+    def test_in_a_run_the_comparison_lies_beside_it(self, capsys, runs, tmp_path, monkeypatch) -> None:
+        shutil.copytree(runs / "naive", tmp_path / "x")
+        monkeypatch.chdir(tmp_path / "x")
+        status, out, _ = fastcl(capsys, "compare", ".")
+        assert status == 0
+        assert out.endswith(f"written to {tmp_path / 'comparison'}\n")
+        assert not (tmp_path / "x/comparison").exists()
+
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            ({"steps": 0}, "steps"),
+            ({"seconds": None}, "seconds"),
+            ({"seconds": 10**400}, "seconds"),
+            ({"matrix": [[0.5]]}, "matrix"),
+            ({"matrix": [[None] * 5] * 5}, "matrix"),
+            ({"baseline": [0.1]}, "baseline"),
+            ({"environments": []}, "environments"),
+            ({"seed": 4}, "seed"),
+        ],
+    )
+    def test_damaged_results_are_passed_over(self, capsys, runs, tmp_path, damage, said) -> None:
+        shutil.copytree(runs / "agem", tmp_path / "damaged")
+        file = tmp_path / "damaged/seed0/result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+        status, out, err = fastcl(capsys, "compare", tmp_path / "damaged", runs / "naive", "--out", tmp_path / "c")
+        assert (status, err.count("\n")) == (0, 1)
+        assert err.startswith(f"damaged: passed over, {file} ")
+        assert said in err
+        assert "agem" not in out
+
+    def test_what_nests_too_deeply_is_passed_over(self, capsys, runs, tmp_path) -> None:
+        shutil.copytree(runs / "agem", tmp_path / "deep")
+        (tmp_path / "deep/seed0/result.json").write_text("[" * 100_000)
+        status, _, err = fastcl(capsys, "compare", tmp_path / "deep", runs / "naive", "--out", tmp_path / "c")
+        assert (status, err.count("\n")) == (0, 1)
+        assert "result.json is damaged: nested too deeply" in err
+
     def test_mistakes(self, capsys, runs, tmp_path) -> None:
         status, _, err = fastcl(capsys, "compare", tmp_path)
         assert (status, err.splitlines()[-1]) == (2, "fastcl compare: none of the given folders holds a run")
@@ -276,10 +358,15 @@ for arguments in ((), ("support",), ("run", "--out", "x"), ("compare",), ("--hel
     bare, support, run_, compare_, help_ = map(eval, python("-c", code, path=without_typer).stdout.splitlines())
     assert bare == support
     assert bare[:2] == (0, "fastcl ")
-    assert run_[0] == "fastcl run: needs typer, which is not installed; pip install 'fastcl[cli]'"
-    assert compare_[0] == "fastcl compare: needs typer, which is not installed; pip install 'fastcl[cli]'"
+    assert run_[0] == f"fastcl run: needs typer, which is not installed; {cli.INSTALL}"
+    assert compare_[0] == f"fastcl compare: needs typer, which is not installed; {cli.INSTALL}"
     assert help_[0] == 0
-    assert "pip install 'fastcl[cli]'" in help_[2]
+    assert "'.[cli]' in a checkout" in " ".join(help_[2].split())
+
+
+def test_interrupted_while_it_is_imported(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "_main", Mock(side_effect=KeyboardInterrupt))
+    assert fastcl(capsys, "compare", "x") == (130, "", "fastcl: interrupted\n")
 
 
 def test_the_script_is_declared() -> None:

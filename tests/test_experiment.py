@@ -76,9 +76,9 @@ class TestConfig:
             ({"method": "sgd"}, "method must be one of naive, agem, gem, replay, spg, joint; got 'sgd'"),
             ({"scenario": "none"}, "scenario must be one of class, task, domain; got 'none'"),
             ({"stream": "permuted-digits", "scenario": "class"}, "scenario of permuted-digits must be one of domain, task; got 'class'"),
-            ({"epochs": 0}, "epochs must be a whole number from 1; got 0"),
-            ({"epochs": 2.5}, "epochs must be a whole number from 1; got 2.5"),
-            ({"epochs": True}, "epochs must be a whole number from 1; got True"),
+            ({"epochs": 0}, "epochs must be a whole number from 1 to 2147483647; got 0"),
+            ({"epochs": 2.5}, "epochs must be a whole number from 1 to 2147483647; got 2.5"),
+            ({"epochs": True}, "epochs must be a whole number from 1 to 2147483647; got True"),
             ({"lr": math.nan}, "lr must be a finite number above 0; got nan"),
             ({"lr": "0.1"}, "lr must be a finite number above 0; got '0.1'"),
             ({"method": "gem", "margin": -1}, "margin must be a finite number from 0; got -1"),
@@ -88,13 +88,40 @@ class TestConfig:
             ({"method": "replay", "keep": "all"}, "keep must be one of task, class, reservoir; got 'all'"),
             ({"device": "tpu"}, "device must be a device that torch sees here: cpu, cuda or cuda:N; got 'tpu'"),
             ({"device": "cuda:99"}, "device must be a device"),
-            ({"first_seed": -1}, "first_seed must be a whole number from 0; got -1"),
+            ({"first_seed": -1}, r"first_seed must be a whole number from 0 to 2\*\*63 - 1; got -1"),
             ({"validation": 1}, "validation must be true or false; got 1"),
         ],
     )
     def test_bad_settings(self, given, message) -> None:
         with pytest.raises(ValueError, match=message):
             Config.of(**given)
+
+    @pytest.mark.parametrize(
+        ("name", "most"),
+        [
+            ("epochs", 2**31 - 1),
+            ("batch_size", 2**31 - 1),
+            ("width", 65536),
+            ("depth", 100),
+            ("seeds", 2**31 - 1),
+            ("first_seed", 2**63 - 1),
+            ("threads", 1024),
+            ("tasks", 10_000),
+            ("buffer", 2**31 - 1),
+            ("memory_batch", 2**31 - 1),
+        ],
+    )
+    def test_what_torch_cannot_take_is_refused(self, tmp_path, name, most) -> None:
+        assert getattr(Config.of(method="agem", **{name: most}), name) == most
+        with pytest.raises(ValueError, match=rf"^{name} must be a whole number from [01] to .*; got {most + 1}$"):
+            run(Config.of(method="agem", **{name: most + 1}), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    def test_numbers_beyond_all_bounds(self) -> None:
+        with pytest.raises(ValueError, match=r"first_seed must leave 2 seeds below 2\*\*63; got 9223372036854775807"):
+            Config.of(first_seed=2**63 - 1, seeds=2)
+        with pytest.raises(ValueError, match="lr must be a finite number above 0"):
+            Config.of(lr=10**400)
 
     def test_unknown_and_missing_names(self) -> None:
         with pytest.raises(TypeError, match="learning_rate is no setting; the settings are stream, scenario"):
@@ -344,6 +371,16 @@ class TestFolder:
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json", "notes.txt", "seed-list", "seed0"]
         assert read_config(tmp_path / "config.json") == small(tasks=1)
 
+    @pytest.mark.parametrize("content", ["{}", '{"format": "another", "version": 1}', "[]", "{", "[" * 100_000], ids=str.__len__)
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_config_of_something_else_keeps_its_folder(self, tmp_path, content, force) -> None:
+        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "seed0").mkdir()
+        (tmp_path / "seed0/mine").write_text("x")
+        with pytest.raises(FolderError, match=r"out is not the folder of a run: .*config\.json (has the format|is damaged)"):
+            run(small(tasks=1), tmp_path, force=force)
+        assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "mine", "seed0"]
+
     def test_what_is_no_run_is_refused(self, tmp_path) -> None:
         (tmp_path / "file").write_text("x")
         for out, message in [
@@ -381,7 +418,7 @@ class TestFolder:
         content = bytearray(checkpoint.read_bytes())
         content[len(content) // 2] ^= 1
         checkpoint.write_bytes(content)
-        assert run(config, tmp_path)[0] == read_result(result), "a complete seed needs no checkpoint"
+        assert run(config, tmp_path)[0] == read_result(result, config, 0), "a complete seed needs no checkpoint"
         result.unlink()
         with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged: its content does not have the checksum"):
             run(config, tmp_path)
@@ -394,6 +431,20 @@ class TestFolder:
         (tmp_path / "config.json").write_text("[]")
         with pytest.raises(ValueError, match=r"config\.json has the format None, version None; accepted is 'fastcl.run', 1"):
             run(config, tmp_path)
+
+    def test_files_of_another_run_or_seed_are_refused(self, tmp_path) -> None:
+        config = small(tasks=2, seeds=2)
+        run(config, tmp_path / "a")
+        run(small(tasks=2, lr=0.1, seeds=2), tmp_path / "b")
+        for name in ("result.json", "checkpoint.pt"):
+            (tmp_path / "a/seed0/result.json").unlink()
+            (tmp_path / "a/seed0" / name).write_bytes((tmp_path / "b/seed0" / name).read_bytes())
+            with pytest.raises(FolderError, match=rf"{name} is of another run \(there, here: lr: 0.1, 0.2\); give a new folder"):
+                run(config, tmp_path / "a")
+            (tmp_path / "a/seed0" / name).write_bytes((tmp_path / "a/seed1" / name).read_bytes())
+            with pytest.raises(FolderError, match=rf"{name} is of another run \(there, here: seed: 1, 0\)"):
+                run(config, tmp_path / "a")
+            (tmp_path / "a/seed0/result.json").touch()
 
     def test_the_environment_is_recorded_and_a_change_is_told(self, tmp_path) -> None:
         config = small(tasks=2)

@@ -21,7 +21,7 @@ def _digits(validation: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("the digits streams need scikit-learn: pip install 'fastcl[demo]'") from error
+        raise ImportError("the digits streams need scikit-learn: pip install 'fastcl[demo]', or '.[demo]' in a checkout") from error
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=TEST_FRACTION, random_state=SPLIT_SEED, stratify=labels)
     if validation:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,14 +16,14 @@ from rich.console import Console
 from tqdm import tqdm
 
 from fastcl import cli
-from fastcl.experiment.compare import DEFINITIONS, Group, Run, compare, load_run, mean_matrix, write_csv
+from fastcl.experiment.compare import DEFINITIONS, Group, Run, compare, load_run, mean_matrix, told_apart, write_csv
 from fastcl.experiment.config import FIELDS, Config
 from fastcl.experiment.folder import read_config
 from fastcl.experiment.learners import METHODS
 from fastcl.experiment.runner import Progress, run
 from fastcl.experiment.tables import comparison_table, matrix_table
 
-USAGE, FAILED, INTERRUPTED = 2, 1, 130
+USAGE, FAILED, INTERRUPTED = 2, 1, cli.INTERRUPTED
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this version of typer keeps it
 
 app = typer.Typer(
@@ -68,7 +70,9 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in given.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = []
     for name, field in FIELDS.items():
-        option = typer.Option("--" + name.replace("_", "-"), help=field.metadata["help"] + _default(name), show_default=False)
+        spelled = name.replace("_", "-")
+        names = f"--{spelled}/--no-{spelled}" if hints[name] is bool else f"--{spelled}"
+        option = typer.Option(names, help=field.metadata["help"] + _default(name), show_default=False)
         kind: Any = hints[name] | None
         options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
     resolved = get_type_hints(command, include_extras=True)
@@ -136,7 +140,8 @@ def run_command(
         wanted = _configuration(settings, config, bars)
         results = run(wanted, out, force=force, progress=bars)
     except KeyboardInterrupt as stop:  # before typer sees it: what becomes of it there depends on typer's version
-        raise Mistake("interrupted; the same command goes on after the last task that ended", INTERRUPTED) from stop
+        again = "the same command without --force" if force else "the same command"
+        raise Mistake(f"interrupted; {again} goes on after the last task that ended", INTERRUPTED) from stop
     except ImportError as error:
         raise Mistake(str(error), FAILED) from error
     except ValueError as error:
@@ -164,6 +169,9 @@ def _configuration(settings: dict[str, Any], file: Path | None, bars: Bars) -> C
             raise Mistake(f"--config must be the config.json of a run: {error}") from error
     if "stream" in settings:  # it decides about these anew
         stated = {n: v for n, v in stated.items() if n not in {"scenario", "tasks"}}
+    if "method" in settings and stated:  # what was only the other method's default gives way to this one's
+        defaults = METHODS[stated["method"]].options if settings["method"] != stated["method"] else {}
+        stated = {n: v for n, v in stated.items() if n not in defaults or v != defaults[n]}
     merged = stated | settings
     row = METHODS.get(merged.get("method", "naive"))
     if row is not None:
@@ -181,17 +189,15 @@ def compare_command(
     out: Annotated[Path | None, typer.Option("--out", help="folder of CSV and plots [default: comparison, beside the first run]")] = None,
 ) -> None:
     """Put runs side by side: a table for each stream and scenario, a CSV file, heat maps and curves."""
-    folders = [folder for folder in runs if (folder / "config.json").is_file()]
+    folders = list({os.path.abspath(folder): folder for folder in runs if (folder / "config.json").is_file()}.values())
     for folder in runs:
-        if folder not in folders:
+        if not (folder / "config.json").is_file():
             print(f"{folder}: passed over, it has no config.json", file=sys.stderr)
     if not folders:
         raise Mistake("none of the given folders holds a run")
-    target = folders[0].parent / "comparison" if out is None else out
-    try:
-        loaded = [load_run(folder) for folder in folders]
-    except ValueError as error:
-        raise Mistake(str(error), FAILED) from error
+    target = _beside(folders[0]) / "comparison" if out is None else out
+    readable = (_loaded(folder, name) for folder, name in zip(folders, told_apart(folders), strict=True))
+    loaded = [r for r in readable if r is not None]
     for unfinished in (r for r in loaded if not r.results):
         print(f"{unfinished.name}: passed over, no seed is complete", file=sys.stderr)
     complete = [r for r in loaded if r.results]
@@ -201,10 +207,24 @@ def compare_command(
     try:
         _write(target, groups)
     except ImportError as error:
-        raise Mistake(f"the plots need {error.name}: pip install 'fastcl[cli]'", FAILED) from error
+        raise Mistake(f"the plots need {error.name}: {cli.INSTALL}", FAILED) from error
     except OSError as error:
         raise Mistake(f"--out cannot be written: {target} ({error.strerror or error})", FAILED) from error
     print(f"written to {target}")
+
+
+def _loaded(folder: Path, name: str) -> Run | None:
+    """The run, under this name; None, and a line about it, if a file of it is damaged: the others can be compared all the same."""
+    try:
+        return dataclasses.replace(load_run(folder), name=name)
+    except (OSError, ValueError) as error:
+        print(f"{name}: passed over, {' '.join(str(error).split())}", file=sys.stderr)
+        return None
+
+
+def _beside(folder: Path) -> Path:
+    """The folder that holds this one, in the words of the caller where they say it."""
+    return Path(os.path.abspath(folder)).parent if folder.name in {"", ".."} else folder.parent
 
 
 @app.command("support")

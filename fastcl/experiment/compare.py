@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,21 @@ def load_run(folder: str | Path) -> Run:
     """
     path = Path(folder)
     config = read_config(path / "config.json")
-    files = [seed_folder(path, seed) / "result.json" for seed in config.all_seeds()]
-    return Run(path.name or str(path), config, [read_result(file) for file in files if file.exists()])
+    files = {seed: seed_folder(path, seed) / "result.json" for seed in config.all_seeds()}
+    return Run(path.name or str(path), config, [read_result(file, config, seed) for seed, file in files.items() if file.exists()])
+
+
+def told_apart(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: as much of the end of its path as no other folder shares; a folder's own name where that is enough."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+
+    def shortest(own: tuple[str, ...]) -> str:
+        others = {p for p in parts if p != own}
+        lengths = range(1, len(own) + 1)
+        enough = next((n for n in lengths if all(p[-n:] != own[-n:] for p in others)), len(own))
+        return "/".join(own[-enough:])
+
+    return [shortest(own) for own in parts]
 
 
 def compare(runs: Iterable[Run]) -> list[Group]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,12 @@ Check = tuple[str, Callable[[Any], bool]]
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _whole(least: int) -> Check:
-    return f"a whole number from {least}", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
+def _whole(least: int, most: int = 2**31 - 1) -> Check:
+    accepted = f"a whole number from {least} to {most if most < 2**63 - 1 else '2**63 - 1'}"
+    return accepted, lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most
 
 
 def _one_of(names: Mapping[str, Any]) -> Check:
@@ -68,18 +69,18 @@ class Config:
         "class-, task- or domain-incremental; by default the stream's first", _one_of(dict.fromkeys(("class", "task", "domain")))
     )
     method: str = _setting("; ".join(f"{name}: {row.description}" for name, row in METHODS.items()), _one_of(METHODS))
-    tasks: int = _setting("number of tasks; by default the stream's", _whole(1))
+    tasks: int = _setting("number of tasks; by default the stream's", _whole(1, 10_000))
     epochs: int = _setting("passes over each task's data", _whole(1), 20)
     batch_size: int = _setting("samples in a batch", _whole(1), 32)
     lr: float = _setting("learning rate of plain SGD", _ABOVE_0, 0.05)
-    width: int = _setting("units of a hidden layer", _whole(1), 256)
-    depth: int = _setting("hidden layers", _whole(1), 2)
+    width: int = _setting("units of a hidden layer", _whole(1, 65536), 256)
+    depth: int = _setting("hidden layers", _whole(1, 100), 2)
     seeds: int = _setting("number of seeds, each a training of its own", _whole(1), 1)
-    first_seed: int = _setting("the first seed", _whole(0), 0)
+    first_seed: int = _setting("the first seed", _whole(0, 2**63 - 1), 0)
     validation: bool = _setting("measure on held-out training images instead of the test images, for tuning", _FLAG, False)
     shuffle_classes: bool = _setting("draw the order of a split stream's classes from the seed", _FLAG, False)
     device: str = _setting("cpu, cuda or cuda:N", ("a device that torch sees here: cpu, cuda or cuda:N", _usable_device), "cpu")
-    threads: int = _setting("threads of torch on the CPU; layers this small gain nothing from a second one", _whole(1), 1)
+    threads: int = _setting("threads of torch on the CPU; layers this small gain nothing from a second one", _whole(1, 1024), 1)
     root: str | None = _setting(
         "folder of MNIST or CIFAR; by default $FASTCL_DATA and torchvision's usual places",
         ("a path", lambda v: v is None or isinstance(v, str)),
@@ -100,6 +101,8 @@ class Config:
                     raise ValueError(f"{name} is no setting of the method {self.method}; got {value!r}")
             elif not ok(value):
                 raise ValueError(f"{name} must be {accepted}; got {value!r}")
+        if self.first_seed + self.seeds > 2**63:
+            raise ValueError(f"first_seed must leave {self.seeds} seeds below 2**63; got {self.first_seed}")
         if self.memory_batch == 0 and self.method != "gem":
             raise ValueError(f"memory_batch must be a whole number from 1 for {self.method}; got 0")
         if self.scenario not in STREAMS[self.stream].scenarios:

@@ -36,16 +36,23 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def load_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError, or ValueError if it is damaged; the message names the path."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: nested too deeply") from error
+    except ValueError as error:  # not UTF-8, not JSON, a number of too many digits
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def read_json(path: Path, format: str, version: int) -> dict[str, Any]:
     """An object that says ``format`` and ``version``.
 
     Raises:
         ValueError: damaged, of another format or version; the message names the path.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    found = load_json(path)
     stated = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
     if stated != (format, version):
         raise ValueError(f"{path} has the format {stated[0]!r}, version {stated[1]!r}; accepted is {format!r}, {version}")

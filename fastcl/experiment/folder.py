@@ -10,7 +10,7 @@ from typing import IO
 
 from fastcl.experiment.config import Config
 from fastcl.experiment.environment import environment
-from fastcl.experiment.files import read_json, write_json
+from fastcl.experiment.files import load_json, read_json, write_json
 
 FORMAT, VERSION = "fastcl.run", 1
 
@@ -54,6 +54,8 @@ def _enter(stack: contextlib.ExitStack, folder: Path, config: Config, force: boo
     known = folder / "config.json"
     if folder.exists() and not known.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise FolderError(f"out holds other things and no config.json of a run: {folder}; give a new folder")
+    if known.exists():
+        _must_be_a_run(known, any_version=force)
     folder.mkdir(parents=True, exist_ok=True)
     _lock(stack.enter_context((folder / ".lock").open("a")), folder)
     if known.exists() and force:
@@ -62,6 +64,20 @@ def _enter(stack: contextlib.ExitStack, folder: Path, config: Config, force: boo
         _compare(read_config(known), config, folder)
     else:
         write_json(known, {"format": FORMAT, "version": VERSION, "config": config.to_json(), "environment": environment(config)})
+
+
+def _must_be_a_run(known: Path, *, any_version: bool) -> None:
+    """Whatever is about to happen in the folder, the ``config.json`` there must be fastcl's: others name their files so, too."""
+    try:
+        if any_version:
+            found = load_json(known)
+            stated = found.get("format") if isinstance(found, dict) else None
+            if stated != FORMAT:
+                raise ValueError(f"{known} has the format {stated!r}; a run's is {FORMAT!r}")
+        else:
+            read_config(known)
+    except ValueError as error:
+        raise FolderError(f"out is not the folder of a run: {error}; give a new folder") from error
 
 
 def _lock(file: IO[str], folder: Path) -> None:

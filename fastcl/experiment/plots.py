@@ -49,7 +49,8 @@ def heat_maps(path: Path, title: str, matrices: Mapping[str, Tensor]) -> None:
                 if tasks <= 10 and not math.isnan(value):
                     colour = "white" if value < lowest + 0.6 * (1 - lowest) else "black"
                     axis.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=9.5, color=colour)
-        axis.set(title=name, xlabel="accuracy on task", ylabel="after training task", xticks=range(tasks), yticks=range(tasks))
+        axis.set_title(name, parse_math=False)  # a folder's name may hold dollar signs
+        axis.set(xlabel="accuracy on task", ylabel="after training task", xticks=range(tasks), yticks=range(tasks))
         axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=shown, shrink=0.8, pad=0.015, format=lambda v, _: f"{100 * v:.0f} %")
     figure.suptitle(title + "\n", fontsize=11)
@@ -80,21 +81,25 @@ def curves(
     figure, axes = _figure(1, 2, (10, 4.6), sharey=True)
     x = list(range(tasks))
     for axis, (label, measure) in zip(axes[0], panels.items(), strict=True):
-        for n, (name, runs) in enumerate(methods.items()):
+        for n, runs in enumerate(methods.values()):
             points = [mean_and_std(runs, _at(measure, k)) for k in x]
             # Bars beside each other: bands of several methods hide one another.
             moved = [k + 0.06 * (n - (len(methods) - 1) / 2) for k in x]
             means, stds = ([0.0 if math.isnan(v) else 100 * v for v in column] for column in zip(*points, strict=True))
             style = {"marker": MARKERS[n % len(MARKERS)], "color": COLOURS[n % len(COLOURS)], "ms": 5.5, "lw": 1.8}
-            axis.errorbar(moved, means, stds, elinewidth=1.1, capsize=3, label=name, **style)
-        for n, (name, runs) in enumerate(bounds.items()):
+            axis.errorbar(moved, means, stds, elinewidth=1.1, capsize=3, label=str(n), **style)
+        for n, runs in enumerate(bounds.values()):
             bound, _ = mean_and_std(runs, _at(measure, tasks - 1))
-            axis.axhline(100 * bound, color=BOUND, ls=("--", ":", "-.")[n % 3], lw=1.4, label=name)
+            axis.axhline(100 * bound, color=BOUND, ls=("--", ":", "-.")[n % 3], lw=1.4, label=str(len(methods) + n))
         axis.set(title=label, xlabel="after training task", xticks=x)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test accuracy in %")
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, frameon=False, loc="outside lower center", ncols=min(5, len(methods) + len(bounds)), fontsize=9)
+    legend = figure.legend(*handles, frameon=False, loc="outside lower center", ncols=min(5, len(methods) + len(bounds)), fontsize=9)
+    names = [*methods, *bounds]
+    for text in legend.get_texts():  # set afterwards: a label is hidden if it begins with an underscore, and read as TeX between dollars
+        text.set_parse_math(False)
+        text.set_text(names[int(text.get_text())])
     figure.suptitle(title, fontsize=11)
     _save(figure, path)

@@ -15,7 +15,8 @@ import torch
 from fastcl.experiment.config import Config
 from fastcl.experiment.environment import environment
 from fastcl.experiment.files import load_state, read_json, save_state, write_json
-from fastcl.experiment.folder import opened, seed_folder
+from fastcl.experiment.folder import FolderError, opened, seed_folder
+from fastcl.experiment.results import fault
 from fastcl.experiment.training import Training, tasks_of
 from fastcl.metrics import AccuracyMatrix
 
@@ -94,23 +95,43 @@ def run(config: Config, folder: str | Path, *, force: bool = False, progress: Pr
         return [_train(config, seed, seed_folder(Path(folder), seed), told) for seed in config.all_seeds()]
 
 
-def read_result(path: Path) -> Result:
-    """A seed's ``result.json``. Raises OSError or ValueError; the message names the path."""
+def read_result(path: Path, config: Config, seed: int) -> Result:
+    """The ``result.json`` of a configuration's seed.
+
+    Raises:
+        OSError: it cannot be read.
+        FolderError: it is of another configuration or seed; the message names the path.
+        ValueError: it is damaged; the message names the path.
+    """
     found = read_json(path, FORMAT, VERSION)
-    try:
-        return Result(**{name: found[name] for name in (field.name for field in dataclasses.fields(Result))})
-    except KeyError as error:
-        raise ValueError(f"{path} is damaged: {error} is missing") from error
+    if wrong := fault(found, config):
+        raise ValueError(f"{path} is damaged: {wrong}")
+    _must_be_of(path, found, config, seed)
+    return Result(**{field.name: found[field.name] for field in dataclasses.fields(Result)})
+
+
+def _must_be_of(path: Path, found: dict[str, Any], config: Config, seed: int) -> None:
+    """A file that was copied here from another run, or from another seed, is not gone on with."""
+    stated, wanted = found.get("config"), config.to_json()
+    if not isinstance(stated, dict):
+        raise FolderError(f"{path} does not state its configuration; give a new folder, or --force")
+    other = [f"{n}: {stated.get(n)!r}, {wanted.get(n)!r}" for n in {**wanted, **stated} if n != "root" and stated.get(n) != wanted.get(n)]
+    if found.get("seed") != seed:
+        other.append(f"seed: {found.get('seed')!r}, {seed}")
+    if other:
+        raise FolderError(f"{path} is of another run (there, here: {'; '.join(other)}); give a new folder, or --force")
 
 
 def _train(config: Config, seed: int, folder: Path, told: Progress) -> Result:
     finished, checkpoint = folder / "result.json", folder / "checkpoint.pt"
     if finished.exists():
-        return read_result(finished)
+        return read_result(finished, config, seed)
     folder.mkdir(exist_ok=True)
+    of = {"config": config.to_json(), "seed": seed}
     training, environments = Training(config, seed), [environment(config)]
     if checkpoint.exists():
         state = load_state(checkpoint, training.device)
+        _must_be_of(checkpoint, state, config, seed)
         training.load_state_dict(state["training"])
         if state["environments"][-1] != environments[0]:
             told.note(f"seed {seed} began elsewhere ({_changes(state['environments'][-1], environments[0])}): the last bits may differ")
@@ -120,10 +141,10 @@ def _train(config: Config, seed: int, folder: Path, told: Progress) -> Result:
     told.begin(config, seed, training.stages, training.done)
     while training.done < training.stages:
         accuracies = training.stage(told.epoch)
-        save_state(checkpoint, {"training": training.state_dict(), "environments": environments})
+        save_state(checkpoint, {**of, "training": training.state_dict(), "environments": environments})
         told.task(training.done - 1, accuracies)
     result = Result(seed, training.rows(), training.baseline, training.steps, training.seconds, training.seconds_at_ends, environments)
-    write_json(finished, {"format": FORMAT, "version": VERSION, **dataclasses.asdict(result)})
+    write_json(finished, {"format": FORMAT, "version": VERSION, **of, **dataclasses.asdict(result)})
     return result
 
 

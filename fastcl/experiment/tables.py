@@ -41,6 +41,7 @@ def matrix_table(title: str, runs: Sequence[AccuracyMatrix]) -> Table:
 def comparison_table(group: Group) -> Table:
     """One line per run. Accuracies in percent, mean ± std over seeds."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=group.title + "; %, mean ± std over seeds", title_justify="left")
     settings = any(row.settings for row in group.rows)
@@ -50,7 +51,8 @@ def comparison_table(group: Group) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in group.rows:
         cells = _cells(row)
-        table.add_row(row.run.name, row.run.config.method, *((row.settings,) if settings else ()), *cells)
+        # As Text: a folder's name may look like rich's markup.
+        table.add_row(Text(row.run.name), row.run.config.method, *((Text(row.settings),) if settings else ()), *cells)
     return table
 
 
