@@ -55,7 +55,10 @@ def test_add(kind, arguments, error, message):
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize(
     ("x", "message"),
-    [(torch.zeros(1, 1, device="meta"), "x must hold values, got a tensor of the meta"), (torch.ones(1, 1).to_sparse(), "x must be a dense")],
+    [
+        (torch.zeros(1, 1, device="meta"), "x must hold values, got a tensor of the meta"),
+        (torch.ones(1, 1).to_sparse(), "x must be a dense"),
+    ],
 )
 def test_the_first_batch(kind, x, message):
     buffer = kind(6)
