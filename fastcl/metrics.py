@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor
 
 Matrix = Tensor | Sequence[Sequence[float]]
 Baseline = Tensor | Sequence[float]
+
+MOST_TASKS = 10_000  # a matrix of 0.8 GB
 
 
 class AccuracyMatrix:
@@ -38,7 +41,11 @@ class AccuracyMatrix:
         print(R.acc(), R.forgetting())
 
     Args:
-        tasks: number of tasks, at least 1.
+        tasks: number of tasks, from 1 to 10000.
+
+    Raises:
+        TypeError: a number of tasks, later an index, that is no int.
+        ValueError: a number of tasks out of range.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -46,6 +53,8 @@ class AccuracyMatrix:
             raise TypeError(f"tasks must be a whole number, got {type(tasks).__name__}")
         if tasks < 1:
             raise ValueError(f"tasks must be at least 1, got {tasks}")
+        if tasks > MOST_TASKS:
+            raise ValueError(f"tasks must be at most {MOST_TASKS}, got {tasks}")
         self._values = torch.full((tasks, tasks), math.nan, dtype=torch.float64)
 
     @classmethod
@@ -80,10 +89,11 @@ class AccuracyMatrix:
     def _index(self, index: tuple[int, int]) -> tuple[int, int]:
         if not isinstance(index, tuple) or len(index) != 2:
             raise TypeError(f"an entry has two indices, R[after task i, on task j]; got {index!r}")
-        for name, n in zip(("i", "j"), index, strict=True):
+        i, j = _whole("i", index[0]), _whole("j", index[1])
+        for name, n in (("i", i), ("j", j)):
             if not 0 <= n < self.tasks:
                 raise IndexError(f"{name} is {n}; accepted are 0 to {self.tasks - 1}")
-        return index
+        return i, j
 
     def acc(self, after: int | None = None) -> float:
         """Average accuracy; see :func:`acc`."""
@@ -200,10 +210,17 @@ def _checked(values: Matrix) -> Tensor:
 
 def _rows(values: Matrix, after: int | None) -> tuple[Tensor, int]:
     r = _checked(values)
-    k = len(r) - 1 if after is None else after
+    k = len(r) - 1 if after is None else _whole("after", after)
     if not 0 <= k < len(r):
         raise ValueError(f"after is {after}; accepted are 0 to {len(r) - 1}")
     return r, k
+
+
+def _whole(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}") from None
 
 
 def _measured(r: Tensor, entries: list[tuple[int, int]]) -> Tensor:

@@ -37,6 +37,9 @@ def same(one, two) -> bool:
         ((torch.zeros(1, 1), torch.zeros(1, 1).long(), 0), ValueError, "y must have samples of shape"),
         ((torch.zeros(1, 1), torch.zeros(1), 0), ValueError, "y must have dtype"),
         ((torch.zeros(1, 1), torch.zeros(1).long(), -1), ValueError, "task must be at least 0, got -1"),
+        ((torch.zeros(1, 1), torch.zeros(1).long(), 2**63), ValueError, "task must be at most 9223372036854775807"),
+        ((torch.ones(1, 1).to_sparse(), torch.zeros(1).long(), 2), ValueError, "x must be a dense tensor .* got layout torch.sparse_coo"),
+        ((torch.zeros(1, 1), torch.ones(1).long().to_sparse(), 2), ValueError, "y must be a dense tensor"),
         ((torch.zeros(1, 1), torch.zeros(1).long(), 1.0), TypeError, "task must be a whole number, got float"),
         ((torch.zeros(1, 1), torch.zeros(1).long(), True), TypeError, "task must be a whole number, got bool"),
     ],
@@ -47,6 +50,22 @@ def test_add(kind, arguments, error, message):
     with pytest.raises(error, match=message):
         buffer.add(*arguments)
     assert same(before, buffer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 1, device="meta"), "x must hold values, got a tensor of the meta"),
+        (torch.ones(1, 1).to_sparse(), "x must be a dense"),
+    ],
+)
+def test_the_first_batch(kind, x, message):
+    buffer = kind(6)
+    with pytest.raises(ValueError, match=message):
+        buffer.add(x, torch.zeros(1).long(), 0)
+    buffer.add(torch.zeros(1, 1), torch.zeros(1).long(), 0)
+    assert len(buffer) == buffer.seen == 1
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -102,6 +121,9 @@ CHANGES = [
     (lambda s: s.update(y=s["y"][1:]), ValueError, "state holds 6 x and 5 y of 12 seen"),
     (lambda s: s.update(task=s["task"].float()), ValueError, r"state\['task'\] must be torch.int64 of shape \(6,\), got torch.float32"),
     (lambda s: s.update(task=s["task"] - 5), ValueError, "negative numbers"),
+    (lambda s: s.update(x=s["x"].to("meta")), ValueError, r"state\['x'\] must hold values"),
+    (lambda s: s.update(x=s["x"].to_sparse()), ValueError, r"state\['x'\] must be a dense tensor"),
+    (lambda s: s.update(task=s["task"].to("meta")), ValueError, r"state\['task'\] must hold values"),
     (lambda s: s.update(seen=5), ValueError, "6 y of 5 seen"),
     (lambda s: s.update(seen=-1), ValueError, "of -1 seen"),
     (lambda s: s.update(generator=torch.zeros(3, dtype=torch.uint8)), ValueError, r"state\['generator'\] is no state of a CPU generator"),
@@ -141,6 +163,15 @@ def test_keys_of_groups(kind):
     name = kind.GROUPS
     check_refused(filled(kind), state | {name: state[name][:, 0]}, ValueError, rf"state\['{name}'\] must be torch.int64 of shape \(2, 1\)")
     check_refused(filled(kind), state | {name: state[name] * 0}, ValueError, "must differ")
+
+
+def test_samples_that_contradict_their_groups():
+    for kind in (TaskBalancedBuffer, lambda *a, **k: ClassBalancedBuffer(*a, per_task=True, **k)):
+        state = filled(kind).state_dict()
+        check_refused(filled(kind), state | {"task": 1 - state["task"]}, ValueError, r"state\['task'\] contradicts state\['group'\]")
+    state = filled(ClassBalancedBuffer).state_dict()
+    check_refused(filled(ClassBalancedBuffer), state | {"y": 1 - state["y"]}, ValueError, r"state\['y'\] contradicts")
+    check_refused(filled(ClassBalancedBuffer), state | {"y": state["y"].float()}, ValueError, r"state\['y'\] must be class labels")
 
 
 def test_states_of_other_buffers_and_a_hole_in_a_reservoir():

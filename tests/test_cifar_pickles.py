@@ -106,6 +106,16 @@ ATTACKS = {
     "an array of objects": lambda p: pickle.dumps({b"data": np.array([Evil(p), 1], dtype=object)}),
     "a dtype of objects": lambda p: python2_file(code=b"O8"),
     "a structured dtype": lambda p: pickle.dumps({b"data": np.zeros(2, dtype=[("a", "u1"), ("b", "u1")])}),
+    "tuples as keys": lambda p: b"}K\x01\x85N" + b"s.",
+    "a long int as a key": lambda p: pickle.dumps({2**2000: 1}),
+    "doubled tuples as a key": lambda p: b"\x80\x02})" + b"2\x86" * 14 + b"Ns.",
+    "tuples doubled through the memo": lambda p: b"\x80\x02})q\x00" + b"h\x00\x86q\x00" * 34 + b"Ns.",
+    "a shape of long numbers": lambda p: (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01("
+        + b"\x8a\x10"
+        + b"\x7f" * 16
+        + b"tcnumpy\ndtype\n(U\x02u1K\x00K\x01tRI00\nU\x01atb."
+    ),
     "a memo of gigabytes": lambda p: b"Nr\xff\xff\xff\x7f.",
 }
 
@@ -125,7 +135,7 @@ def test_the_attacks_would_run(tmp_path):
     ran = []
     for name, make in ATTACKS.items():
         target = tmp_path / f"ran {len(ran)}".replace(" ", "_")
-        if name in ("a memo of gigabytes", "numpy's own loader"):
+        if name in ("a memo of gigabytes", "numpy's own loader") or "tuples" in name:
             continue
         try:
             pickle.loads(make(target), encoding="bytes")
@@ -136,6 +146,19 @@ def test_the_attacks_would_run(tmp_path):
                 ran.append(name)
     expected = {"os.system", "nested in the labels", "as a key", "after the arrays", "builtins.exec", "INST", "OBJ", "an array of objects"}
     assert expected <= set(ran)
+
+
+@pytest.mark.parametrize("start", [b"}", b""])
+def test_deep_and_doubled_tuples_are_refused_at_once(tmp_path, start):
+    for content in (b")" + b"\x85" * 3_000_000, b")" + b"2\x86" * 34, b"(" * 100_000 + b"t" * 100_000):
+        with pytest.raises(ValueError, match="no need of tuples nested deeper than 16"):
+            read(tmp_path, b"\x80\x02" + start + content + b"Ns.")
+
+
+@pytest.mark.parametrize("content", [b"K\x01\x86.", b"t.", b"(0.", b"0.", b"h\x00.", b"}(K\x01u.", b"(K\x01d.", b"(2.", b"gx\n."])
+def test_instructions_without_what_they_need(tmp_path, content):
+    with pytest.raises(ValueError, match="damaged"):
+        read(tmp_path, content)
 
 
 def test_registered_extensions_are_refused(tmp_path):

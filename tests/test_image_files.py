@@ -200,3 +200,21 @@ def test_mnist_files_that_do_not_fit(tmp_path, change, message):
     write_mnist(tmp_path, arrays)
     with pytest.raises(ValueError, match=message):
         load_mnist(tmp_path)
+
+
+def test_a_home_that_nobody_has(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"Searched:\n  ~nosuchuser/x: the home folder in it cannot be determined"):
+        load_mnist("~nosuchuser/x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTCL_DATA", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does where there is no home
+    with pytest.raises(FileNotFoundError, match=r"(?s)~/data: the home folder.*data/MNIST/raw: no such folder"):
+        load_mnist()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0), (0, 2**32 - 1, 2**32 - 1), (2**32 - 1,) * 3, (2**32 - 1, 2**32 - 1, 0)])
+def test_idx_shapes_that_no_tensor_has(tmp_path, shape):
+    path = tmp_path / NAMES[0]
+    path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape))
+    with pytest.raises(ValueError, match=NAMES[0]):
+        read_idx(path, 3)

@@ -138,3 +138,17 @@ class TestForwardTransfer:
             metrics.fwt(R, self.BASELINE)
         with pytest.raises(ValueError, match="square"):
             metrics.fwt([[0.1, 0.2]], [0.1])
+
+
+def test_numbers_that_are_none():
+    matrix = AccuracyMatrix.of(R)
+    for index, name in (((0.5, 0), "i"), ((0, "1"), "j")):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+            matrix[index]
+        with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+            matrix[index] = 0.5
+    for measure in (metrics.acc, metrics.bwt, metrics.forgetting):
+        with pytest.raises(TypeError, match="after must be a whole number, got float"):
+            measure(R, after=0.5)
+    with pytest.raises(ValueError, match="tasks must be at most 10000, got 1000000000000"):
+        AccuracyMatrix(10**12)

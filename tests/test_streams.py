@@ -182,3 +182,16 @@ class TestNamed:
     def test_bad_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             stream(**arguments)
+
+
+def test_arguments_of_other_types():
+    with pytest.raises(TypeError, match="name must be a string, got list"):
+        stream([])
+    with pytest.raises(TypeError, match="seed must be a whole number, got float"):
+        stream("permuted-digits", seed=1.5)
+    with pytest.raises(ValueError, match="seed must be at most"):
+        stream("permuted-digits", seed=2**64)
+    task = split_by_class(images(), 2)[0]
+    for size, error in ((2.5, TypeError), (True, TypeError), (0, ValueError), (2**63, ValueError)):
+        with pytest.raises(error, match="batch_size must be"):
+            task.train(size)

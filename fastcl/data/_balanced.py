@@ -87,6 +87,11 @@ class BalancedBuffer(Buffer):
             raise ValueError("state['group'] must be row numbers, and state['counts'] add up to state['seen']")
         if not torch.equal(group.bincount(minlength=groups), counts.clamp(max=_room(counts, self._capacity))):
             raise ValueError("state['group'] does not hold as many samples of each group as state['counts'] leads to")
+        self._validate_keys(state, keys[group])
+
+    @abstractmethod
+    def _validate_keys(self, state: Mapping[str, Any], keys: Tensor) -> None:
+        """Raise ValueError unless ``keys`` [n, width], those of the samples' groups, are the ones that the samples have."""
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)

@@ -1,7 +1,7 @@
 """CIFAR's Python pickles, read without running what a pickle may ask for.
 
 A pickle is a program: it can name any function of any module and call it. These files need dicts, lists, numbers, byte strings and
-NumPy arrays of bytes. So (1) instructions that have no business in them are refused before the first is carried out, and (2) the few
+NumPy arrays of bytes. So (1) instructions that have no business in them are refused before the first is carried out (_pickle_walk), and (2) the few
 names that NumPy's arrays need stand for objects of this module, which take the arguments that such an array has and nothing else. No
 function of NumPy is called and no other module is imported.
 """
@@ -9,8 +9,8 @@ function of NumPy is called and no other module is imported.
 from __future__ import annotations
 
 import io
+import math
 import pickle
-import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,20 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-# By what it builds: numbers and constants, byte and text strings, containers, the memo, an object from a global and its arguments.
-OPCODES = frozenset(
-    """
-    PROTO FRAME MARK STOP POP POP_MARK DUP
-    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT NONE NEWTRUE NEWFALSE
-    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
-    PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD
-    """.split()  # noqa: SIM905 (a table reads better than fifty quoted names)
-)
-
-
-class _Refused(pickle.UnpicklingError):
-    """The file asks for something that a CIFAR file has no need of."""
+from fastcl.data._pickle_walk import Refused, check_pickle
 
 
 class _Stand:
@@ -44,11 +31,11 @@ class _Stand:
 
     def __call__(self, *args: Any) -> Any:
         if self._call is None:
-            raise _Refused(f"a call of {self._name}")
+            raise Refused(f"a call of {self._name}")
         return self._call(*args)
 
     def __setstate__(self, state: object) -> NoReturn:
-        raise _Refused(f"attributes for {self._name}")
+        raise Refused(f"attributes for {self._name}")
 
 
 class _Dtype:
@@ -59,7 +46,7 @@ class _Dtype:
     def __setstate__(self, state: object) -> None:
         # (version, byte order, subarray, names, fields, size, alignment, flags): only a plain one-byte type has these.
         if not isinstance(state, tuple) or len(state) != 8 or any(part is not None for part in state[2:5]) or state[7] != 0:
-            raise _Refused("a dtype other than unsigned bytes")
+            raise Refused("a dtype other than unsigned bytes")
 
 
 class _Array:
@@ -72,22 +59,22 @@ class _Array:
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise _Refused("an array with an unknown state")
+            raise Refused("an array with an unknown state")
         _, shape, dtype, fortran, data = state
         self.tensor = _bytes_as_tensor(shape, dtype, fortran, data)
 
 
 def _bytes_as_tensor(shape: object, dtype: object, fortran: object, data: object) -> Tensor:
     if not isinstance(dtype, _Dtype) or fortran not in (False, 0, 1) or not isinstance(data, (bytes, bytearray)):
-        raise _Refused("an array of something else than unsigned bytes")
+        raise Refused("an array of something else than unsigned bytes")
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise _Refused("an array without a shape")
+        raise Refused("an array without a shape")
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    size = 1
-    for n in shape:
-        size *= n
+    if len(shape) > 8 or any(n >= 2**32 for n in shape):  # before they are multiplied: the numbers may have any length
+        raise Refused("an array with a shape that its bytes do not have")
+    size = math.prod(shape)
     if size != len(flat):
-        raise _Refused(f"an array of shape {shape} with {len(flat)} bytes")
+        raise Refused(f"an array of shape {shape} with {len(flat)} bytes")
     return flat.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)) if fortran else flat.reshape(shape)
 
 
@@ -96,13 +83,13 @@ NDARRAY = _Stand("numpy.ndarray")
 
 def _reconstruct(kind: object, _shape: object, _typecode: object) -> _Array:
     if kind is not NDARRAY:
-        raise _Refused("a reconstruction of something else than an array")
+        raise Refused("a reconstruction of something else than an array")
     return _Array()
 
 
 def _dtype(code: object, _align: object, _copy: object) -> _Dtype:
     if code not in ("u1", b"u1"):
-        raise _Refused("a dtype other than unsigned bytes")
+        raise Refused("a dtype other than unsigned bytes")
     return _Dtype()
 
 
@@ -113,7 +100,7 @@ def _frombuffer(data: object, dtype: object, shape: object, order: object) -> _A
 def _encode(text: object, encoding: object) -> bytes:
     """How Python 3 writes bytes in protocols below 3."""
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise _Refused("a call of _codecs.encode for something else than bytes")
+        raise Refused("a call of _codecs.encode for something else than bytes")
     return text.encode("latin1")
 
 
@@ -138,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return GLOBALS[module, name]
         except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+            raise Refused(f"{module}.{name}") from None
 
 
 def read_pickle(path: Path) -> dict[bytes, Any]:
@@ -149,13 +136,9 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     """
     data = path.read_bytes()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in OPCODES:
-                raise _Refused(f"the instruction {opcode.name}")
-            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
-                raise _Refused("a memo larger than the file")
+        check_pickle(data)
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(f"{path} is refused: a CIFAR pickle has no need of {error}") from error
     except Exception as error:  # a damaged pickle raises whatever its instructions happen to raise
         raise ValueError(f"{path} is no pickle, or it is damaged: {type(error).__name__}: {error}") from error

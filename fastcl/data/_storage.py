@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.data._checks import rows, whole
+from fastcl.data._checks import dense, rows, whole
 
 # Far above any count of samples: the remainder of a division by a count below 2^32 is uniform to within 1e-9.
 RANDOM = 2**62
+LAST_TASK = 2**63 - 1  # task numbers are stored as int64
 
 Value = Tensor | int
 Stored = tuple[Tensor, Tensor, Tensor]
@@ -78,15 +79,16 @@ class Buffer(ABC):
         Args:
             x: inputs, [n, ...]; shape of a sample, dtype and device as in the first batch.
             y: targets, [n, ...]; likewise.
-            task: number of the task, from 0.
+            task: number of the task, from 0 to 2^63 - 1.
 
         Raises:
             TypeError: ``x`` or ``y`` is no tensor, ``task`` no int.
-            ValueError: different lengths, other shapes, dtypes or devices than before, a negative task.
+            ValueError: different lengths, other shapes, dtypes or devices than before, a tensor that is not dense or has no values (meta device),
+                a task out of range.
 
         Nothing has been stored when it raises.
         """
-        task = whole("task", task, 0)
+        task = whole("task", task, 0, LAST_TASK)
         self._check("x", x, self._x)
         self._check("y", y, self._y)
         if len(x) != len(y):
@@ -136,7 +138,7 @@ class Buffer(ABC):
 
         Raises TypeError if ``k`` is no int, ValueError if no sample of the task is stored.
         """
-        k = whole("k", k, 0)
+        k = whole("k", k, 0, LAST_TASK)
         index = (self._task[: self._length] == k).nonzero()[:, 0]
         if not len(index):
             raise ValueError(f"k is {k}, and no sample of that task is stored; stored are tasks {self.tasks}")
@@ -164,7 +166,8 @@ class Buffer(ABC):
 
         Raises:
             TypeError: a state that is no mapping, an entry of a wrong type.
-            ValueError: missing or unknown entries, another capacity, entries that contradict each other.
+            ValueError: missing or unknown entries, another capacity, entries that contradict each other, tensors that are not dense or
+                have no values (meta device).
 
         The buffer is as it was when it raises.
         """
@@ -180,6 +183,9 @@ class Buffer(ABC):
                 raise TypeError(f"state[{name!r}] must be of type {kind.__name__}, got {type(state[name]).__name__}")
         if state["capacity"] != self._capacity:
             raise ValueError(f"state is that of a buffer of capacity {state['capacity']}; this one has {self._capacity}")
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                dense(f"state[{name!r}]", value)
         self._validate(state)
         self._restore(state)
 
@@ -227,6 +233,8 @@ class Buffer(ABC):
     def _check(self, name: str, t: Tensor, stored: Tensor | None) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if stored is None or not t.is_meta:  # after the first batch a meta tensor is one of another device
+            dense(name, t)
         if not t.dim():
             raise ValueError(f"{name} must be a batch [n, ...], got a 0-d tensor")
         if stored is None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcl.data._checks import whole
+
 
 class Batches:
     """Shuffled batches ``(x, y)`` of two tensors, by indexing and without worker processes; can be iterated any number of times.
@@ -19,6 +21,7 @@ class Batches:
         generator: draws a new order for every pass; None keeps the order.
 
     Raises:
+        TypeError: a batch size that is no int.
         ValueError: lengths that differ, no sample, a batch size below 1.
     """
 
@@ -27,9 +30,7 @@ class Batches:
             raise ValueError(f"x has {len(x)} samples and y has {len(y)}; pass one target per sample")
         if not len(x):
             raise ValueError("x has no sample")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._x, self._y, self._size, self._generator = x, y, batch_size, generator
+        self._x, self._y, self._size, self._generator = x, y, whole("batch_size", batch_size, 1, 2**63 - 1), generator
 
     def __len__(self) -> int:
         return -(-len(self._x) // self._size)

@@ -74,6 +74,17 @@ class ClassBalancedBuffer(BalancedBuffer):
         labels = sorted(set(y.tolist()))
         return [(task, label) if self._per_task else (label,) for label in labels], torch.searchsorted(torch.tensor(labels), y)
 
+    def _validate_keys(self, state: Mapping[str, Any], keys: Tensor) -> None:
+        y = state["y"]
+        if not len(y):
+            return
+        if y.dim() != 1 or y.dtype.is_floating_point or y.dtype.is_complex:
+            raise ValueError(f"state['y'] must be class labels, integers of shape [n]; got {y.dtype} of shape {tuple(y.shape)}")
+        if not torch.equal(keys[:, -1].cpu(), y.cpu().to(torch.int64)):
+            raise ValueError("state['y'] contradicts state['group']: a sample's target is not the class of its group")
+        if self._per_task and not torch.equal(keys[:, 0].cpu(), state["task"].cpu()):
+            raise ValueError("state['task'] contradicts state['group']: a sample's task is not that of its group")
+
 
 class TaskBalancedBuffer(BalancedBuffer):
     """Keeps the same number of samples of every task seen so far, and of each task a uniform random subset.
@@ -89,3 +100,7 @@ class TaskBalancedBuffer(BalancedBuffer):
 
     def _keys(self, y: Tensor, task: int) -> Groups:
         return [(task,)], torch.zeros(len(y), dtype=torch.int64)
+
+    def _validate_keys(self, state: Mapping[str, Any], keys: Tensor) -> None:
+        if not torch.equal(keys[:, 0].cpu(), state["task"].cpu()):
+            raise ValueError("state['task'] contradicts state['group']: a sample's task is not that of its group")

@@ -84,8 +84,13 @@ def held_out(data: Dataset) -> Dataset:
 def _find(what: str, root: Root, folders: Sequence[str], names: Sequence[str], suffixes: Sequence[str] = ("",)) -> list[Path]:
     """The files in the first folder that has all of them."""
     roots = [root] if root is not None else [*filter(None, [os.environ.get("FASTCL_DATA")]), *USUAL_ROOTS]
-    searched = []
-    for folder in (Path(r).expanduser() / f for r in roots for f in folders):
+    searched, places = [], []
+    for r in roots:
+        try:
+            places += [Path(r).expanduser() / f for f in folders]
+        except RuntimeError:  # an unknown user, or a process without a home
+            searched.append(f"  {os.fspath(r)}: the home folder in it cannot be determined")
+    for folder in places:
         found = [next((p for s in suffixes if (p := folder / (name + s)).is_file()), None) for name in names]
         files = [p for p in found if p is not None]
         if len(files) == len(names):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import NamedTuple
 
+from fastcl.data._checks import whole
 from fastcl.data._task import Dataset, Task
 from fastcl.data.compose import permuted, rotated, split_by_class
 from fastcl.data.digits import load_digits
@@ -67,18 +68,21 @@ def stream(
         shuffle_classes: draw the order of a split stream's classes from ``seed`` instead of the natural order.
 
     Raises:
-        TypeError: a number of tasks that is no int.
+        TypeError: a name that is no string, a number of tasks or a seed that is no int.
         ValueError: an unknown name, a scenario that the stream does not come in, a number of tasks that it cannot have, ``root`` or
             ``shuffle_classes`` where it means nothing, a damaged file.
         FileNotFoundError: the data set is not on this machine; the message names every place that was searched.
         ImportError: scikit-learn is missing (digits).
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
     if name not in STREAMS:
         raise ValueError(f"name must be one of {', '.join(map(repr, STREAMS))}; got {name!r}")
     found = STREAMS[name]
     scenario = found.scenarios[0] if scenario is None else scenario
     if scenario not in found.scenarios:
         raise ValueError(f"scenario of {name} must be one of {', '.join(map(repr, found.scenarios))}; got {scenario!r}")
+    seed = whole("seed", seed, -(2**63), 2**64 - 1)  # what torch's generators take
     tasks = found.tasks if tasks is None else tasks
     kind, source = name.split("-")
     if shuffle_classes and kind != "split":
