@@ -1,7 +1,7 @@
 """CIFAR's Python pickles, read without running what a pickle may ask for.
 
 A pickle is a program: it can name any function of any module and call it. These files need dicts, lists, numbers, byte strings and
-NumPy arrays of bytes. So (1) instructions that have no business in them are refused before the first is carried out (_pickle_walk), and (2) the few
+NumPy arrays of bytes. So (1) instructions that have no business in them are refused before the first is carried out, and (2) the few
 names that NumPy's arrays need stand for objects of this module, which take the arguments that such an array has and nothing else. No
 function of NumPy is called and no other module is imported.
 """

@@ -83,8 +83,8 @@ class Buffer(ABC):
 
         Raises:
             TypeError: ``x`` or ``y`` is no tensor, ``task`` no int.
-            ValueError: different lengths, other shapes, dtypes or devices than before, a tensor that is not dense or has no values (meta device),
-                a task out of range.
+            ValueError: different lengths, other shapes, dtypes or devices than before, a tensor that is not dense or has no
+                values (meta device), a task out of range.
 
         Nothing has been stored when it raises.
         """

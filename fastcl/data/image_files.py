@@ -88,7 +88,7 @@ def _find(what: str, root: Root, folders: Sequence[str], names: Sequence[str], s
     for r in roots:
         try:
             places += [Path(r).expanduser() / f for f in folders]
-        except RuntimeError:  # an unknown user, or a process without a home
+        except RuntimeError:  # noqa: PERF203 (a handful of places); an unknown user, or a process without a home
             searched.append(f"  {os.fspath(r)}: the home folder in it cannot be determined")
     for folder in places:
         found = [next((p for s in suffixes if (p := folder / (name + s)).is_file()), None) for name in names]
