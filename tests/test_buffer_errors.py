@@ -56,7 +56,7 @@ def test_add(kind, arguments, error, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(1, 1, device="meta"), "x must hold values, got a tensor of the meta"),
+        (torch.zeros(1, 1, device="meta"), "x must hold values, got a tensor of"),
         (torch.ones(1, 1).to_sparse(), "x must be a dense"),
     ],
 )
