@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -113,27 +113,23 @@ def broadcasts(name: str, value: Sequence[Tensor], other_name: str, other: Seque
 
 def unit_interval(name: str, value: object) -> float:
     """A Python number in [0, 1]."""
-    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number in [0, 1], got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be in [0, 1], got a number too large for a float") from None
-    if math.isnan(number) or not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {number}")
-    return number
+    return _number(name, value, "a number in [0, 1]", "in [0, 1]", 1)
 
 
 def at_least_zero(name: str, value: object) -> float:
     """A finite Python number that is not negative."""
+    return _number(name, value, "a number >= 0", "a finite number >= 0", sys.float_info.max)
+
+
+def _number(name: str, value: object, kind: str, accepted: str, most: float) -> float:
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number >= 0, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be a finite number >= 0, got a number too large for a float") from None
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, got {number}")
+        raise ValueError(f"{name} must be {accepted}, got a number too large for a float") from None
+    if not 0 <= number <= most:  # a NaN is not
+        raise ValueError(f"{name} must be {accepted}, got {number}")
     return number
 
 
