@@ -159,6 +159,7 @@ bool Gate::take_int64(const char* name, py::handle tensor, int64_t elements, con
     return refuse(name, std::nullopt, "is on another device");
   if (t.dtype.code != kInt || t.dtype.bits != 64 || t.dtype.lanes != 1 || view.numel() != elements || !view.contiguous)
     return refuse(name, std::nullopt, "is not contiguous int64 of the expected length");
+  if ((reinterpret_cast<uintptr_t>(data) & 7) != 0) return refuse(name, std::nullopt, "is not aligned to its elements");
   if (elements > 0 && has_no_memory(tensor.ptr(), data)) return refuse(name, std::nullopt, "has no memory behind it");
   out = reinterpret_cast<const int64_t*>(data);
   alive_.push_back(py::reinterpret_borrow<py::object>(tensor));

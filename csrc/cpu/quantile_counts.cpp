@@ -59,14 +59,13 @@ FASTCL_CLONES void later_block(const T* x, int64_t n, int level, Key first, Key 
   }
   for (int64_t e = n; e < (n + 7) / 8 * 8; ++e) flags[e] = 0;
   for (int64_t eight = 0; eight < n; eight += 8) {
-    uint64_t any;
-    memcpy(&any, flags + eight, 8);
-    if (any == 0) continue;
-    for (int64_t e = eight; e < std::min(eight + 8, n); ++e) {
-      if (flags[e] == 0) continue;
+    uint64_t codes;
+    memcpy(&codes, flags + eight, 8);
+    for (uint64_t set = (codes | codes >> 1) & 0x0101010101010101ull; set != 0; set &= set - 1) {
+      const int64_t e = eight + __builtin_ctzll(set) / 8;
       const int64_t bin = (e % kHistograms) * kRadixColumns + K::digit(radix_key<Key>(load<key_float_t<Key>>(x[e])), level);
-      if (flags[e] & 1) ++first_row[bin];
-      if (flags[e] & 2) ++second_row[bin];
+      first_row[bin] += flags[e] & 1;
+      second_row[bin] += flags[e] >> 1;
     }
   }
 }
