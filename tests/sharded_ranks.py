@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcl import (
+    BitMask,
+    apply_gradient_mask_,
     backends,
     capture_gradients,
     gem_project_gradients_,
@@ -29,6 +33,7 @@ from fastcl import (
     ops,
     project_gradients_,
     reference,
+    top_fraction_mask,
     use_backend,
 )
 from fastcl.data import ReservoirBuffer
@@ -720,6 +725,87 @@ def methods_with_a_memory(world: int) -> None:
             assert times == projected
             for name, p in single.items():
                 torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
+
+
+@check(*WORLDS)
+def quantiles(world: int) -> None:
+    """The whole tensors' quantile, with the same bits on every rank; one sum over the ranks for each digit."""
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtypes, levels in (((F32, F32), 3), ((BF16, F32), 3), ((F64, F32), 6)):
+                held = [random(c[0], F64, n).mul(8).round().div(9).to(dtypes[n % 2]) for n, c in enumerate(cases)]
+                shards = [spread(t, mesh, c[1]) for t, c in zip(held, cases, strict=True)]
+                for q in (0.0, 0.3, 1 / 3, 1.0):
+                    with CommDebugMode() as communication:
+                        value = ops.quantile(shards, q)
+                    assert communication.get_total_counts() == levels
+                    expected = numpy.quantile(torch.cat([t.double().flatten() for t in held]).numpy(), q)
+                    assert not isinstance(value, DTensor)
+                    assert float(value) == float(expected), (mesh, dtypes, q)
+                    same_everywhere(value)
+                masks = top_fraction_mask(shards, 0.4)
+                threshold = reference.quantile(held, (100 * (1 - 0.4)) / 100)
+                for n, (m, t, s) in enumerate(zip(masks, held, shards, strict=True)):
+                    assert torch.equal(whole(m.to_bool()), t.double() >= threshold), (mesh, cases[n])
+                    assert isinstance(m.to_bool(), DTensor) == isinstance(s, DTensor)
+                    assert m.shape == t.shape
+                    assert int(m.count()) == int((t.double() >= threshold).sum()), (mesh, cases[n])
+                    assert BitMask.from_bool(m.to_bool()) == m
+                nan = [t.clone() for t in held]
+                nan[0][4, 1] = float("nan")
+                value = ops.quantile([spread(t, mesh, c[1]) for t, c in zip(nan, cases, strict=True)], 0.5)
+                assert value.isnan()
+
+
+@check(*WORLDS)
+def bit_masks(world: int) -> None:
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtype in (F32, BF16, F64):
+                held = [random(c[0], dtype, n) for n, c in enumerate(cases)]
+                chosen = [random(c[0], F64, 70 + n) < 0.5 for n, c in enumerate(cases)]
+                shards = spread_all(held, mesh, cases)
+                masks = [BitMask.from_bool(spread(m, mesh, c[1])) for m, c in zip(chosen, cases, strict=True)]
+                versions = [t._version for t in shards]
+                with CommDebugMode() as communication:
+                    ops.bit_mask_(shards, masks)
+                assert communication.get_total_counts() == 0
+                assert all(t._version > v for t, v in zip(shards, versions, strict=True))
+                for s, t, m in zip(shards, held, chosen, strict=True):
+                    assert identical(whole(s), torch.where(m, t, torch.zeros_like(t)))
+    model = sharded(Net(), init_device_mesh("cpu", (world,)))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    chosen_by_name = {"first.weight": torch.zeros_like(model.first.weight, dtype=torch.bool)}
+    apply_gradient_mask_(model, chosen_by_name)
+    for name, p in model.named_parameters():
+        assert bool((whole(p.grad) == (name not in chosen_by_name)).all()), name
+
+
+@check(2)
+def bit_mask_errors(world: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    a = torch.rand(4, 6)
+    mask = a < 0.5
+    shard, plain = spread(a, mesh, [Shard(0)]), BitMask.from_bool(mask)
+    placed = BitMask.from_bool(spread(mask, mesh, [Shard(0)]))
+    across = BitMask.from_bool(spread(mask, mesh, [Shard(1)]))
+    refused(ValueError, r"grads\[0\] is a DTensor with the placements .* is no mask of a DTensor", ops.bit_mask_, [shard], (plain,))
+    refused(ValueError, r"grads\[0\] is a DTensor .* and masks\[0\] is no mask", ops.bit_mask_, [shard], (placed.bits,))
+    refused(ValueError, r"masks\[0\] has .*Shard\(dim=1\)", ops.bit_mask_, [shard], (across,))
+    refused(TypeError, r"masks\[0\] is of a DTensor .* and grads\[0\] a plain tensor", ops.bit_mask_, [a], (placed,))
+    refused(ValueError, "share memory", ops.bit_mask_, [shard, shard], (placed, placed))
+    refused(ValueError, r"grads\[0\] requires grad", ops.bit_mask_, [shard.detach().requires_grad_()], (placed,))
+    refused(TypeError, r"tensors\[0\] has the placements .*Partial", ops.quantile, [DTensor.from_local(a.clone(), mesh, [Partial()])], 0.5)
+    refused(TypeError, r"tensors\[0\] has dtype int64", ops.quantile, [spread(torch.arange(4), mesh, [Shard(0)])], 0.5)
+    refused(TypeError, r"tensors\[1\] has dtype int64", ops.quantile, [shard, torch.arange(4)], 0.5)
+    refused(ValueError, "tensors has no element", ops.quantile, [spread(torch.zeros(0, 3), mesh, [Shard(0)])], 0.5)
+    refused(ValueError, r"q must be in", ops.quantile, [shard], 1.5)
+    with pytest.raises(ValueError, match="belongs to a DTensor"):
+        placed.to_tensors()
+    assert copy.deepcopy(placed) == placed
+    assert placed != plain
+    assert placed != across
 
 
 def main() -> None:
