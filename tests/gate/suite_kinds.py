@@ -123,6 +123,7 @@ def quantized() -> Tensor:
     return torch.quantize_per_tensor(base(), 0.1, 0, torch.qint8)
 
 
+BITS = torch.tensor([0xFF, 0, 0x55], dtype=torch.uint8)  # of SHAPE
 LAZY = nn.LazyLinear(3)
 complex_base = torch.complex(base(), base() + 1)
 # name: (make, outcome where it is written, outcome where it is read). "right": the result is right. A type: what the op raises.
@@ -302,6 +303,9 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         C.project_([base(), odd], [base(), base()], True),
         C.gem_project_([base(), odd], [[base(), base()]], 0.5, 1e-3, True),
         C.combine_([base(), odd], [[base(), base()]], torch.ones(1, dtype=torch.float64), True),
+        C.bit_mask_([base(), odd], [BITS, BITS], True),
+        C.bit_mask_([base(), base()], [BITS, odd], True),
+        C.threshold_bits_([BITS.clone(), odd], [base(), base()], torch.zeros((), dtype=torch.float64), True),
     ):
         assert isinstance(refusal, str)
     if kind != "expanded":
@@ -312,7 +316,47 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         assert isinstance(C.grad_dot([base(), odd], [base(), base()], True), str)
         assert isinstance(C.grad_dot([base(), base()], [base(), odd], True), str)
         assert isinstance(C.gram([[base(), base()], [base(), odd]], True), str)
+        assert isinstance(C.quantile([base(), odd], 0.5, True), str)
+        assert isinstance(C.radix_counts([base(), odd], torch.zeros(2, dtype=torch.int64), 0, False, True), str)
+        assert isinstance(C.threshold_bits_([BITS.clone(), BITS.clone()], [base(), odd], torch.zeros(()).double(), True), str)
     assert isinstance(C.yardstick_read([base(), odd]), str)
+
+
+def test_what_the_gate_of_quantiles_and_masks_refuses() -> None:
+    a, bits, two = base(), BITS.clone(), torch.zeros(2, dtype=torch.int64)
+    limit = torch.zeros((), dtype=torch.float64)
+    before = raw(a), raw(bits)
+    for refusal in (
+        C.quantile([], 0.5, False),
+        C.quantile([a[:0]], 0.5, False),
+        C.quantile([a], 1.5, False),
+        C.quantile([a], float("nan"), False),
+        C.quantile([a], "0.5", False),
+        C.quantile(a, 0.5, False),
+        C.quantile([bits], 0.5, False),
+        C.radix_counts([a], two[:1], 0, False, False),
+        C.radix_counts([a], two.int(), 0, False, False),
+        C.radix_counts([a], torch.zeros(4, dtype=torch.int64)[::2], 0, False, False),
+        C.radix_counts([a], [0, 0], 0, False, False),
+        C.radix_counts([a], two.to("meta"), 0, False, False),
+        C.radix_counts([a], two, 3, False, False),
+        C.radix_counts([a], two, 6, True, False),
+        C.radix_counts([a], two, -1, False, False),
+        C.radix_counts([a.double()], two, 0, False, False),
+        C.bit_mask_([a], [bits[:2]], False),
+        C.bit_mask_([a], [torch.zeros(4, dtype=torch.uint8)], False),
+        C.bit_mask_([a], [bits.view(3, 1)], False),
+        C.bit_mask_([a], [torch.zeros(6, dtype=torch.uint8)[::2]], False),
+        C.bit_mask_([a], [torch.zeros(3)], False),
+        C.bit_mask_([a], [bits, bits], False),
+        C.bit_mask_([a], [a.view(-1).view(torch.uint8)[:3]], False),
+        C.threshold_bits_([bits], [a], limit.float(), False),
+        C.threshold_bits_([bits], [a], torch.zeros(2, dtype=torch.float64), False),
+        C.threshold_bits_([bits, bits], [a, a], limit, False),
+        C.threshold_bits_([bits], [bits], limit, False),
+    ):
+        assert isinstance(refusal, str)
+    assert (raw(a), raw(bits)) == before
 
 
 def test_gradients_that_nothing_opposes_are_not_written() -> None:

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/importance.h"
+#include "core/quantile.h"
 #include "core/scalar.h"
 #include "core/soft_mask.h"
 #include "core/tanh.h"
@@ -242,6 +243,36 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     const Views i = views(importance), n = views(fresh);
     py::gil_scoped_release release;
     cpu::emax_(i, n, pool());
+  });
+  m.def("bit_mask_", [](const Operands& grads, const Operands& bits) {
+    const Views g = views(grads), b = views(bits);
+    py::gil_scoped_release release;
+    cpu::bit_mask_(g, b, pool());
+  });
+  m.def("threshold_bits_", [](const Operands& bits, const Operands& tensors, double threshold) {
+    const Views b = views(bits), t = views(tensors);
+    py::gil_scoped_release release;
+    cpu::threshold_bits_(b, t, threshold, pool());
+  });
+  m.def("quantile", [](const Operands& tensors, double q) {
+    const Views t = views(tensors);
+    py::gil_scoped_release release;
+    return cpu::quantile(t, q, pool());
+  });
+  m.def("quantile_by_counts", [](const Operands& tensors, double q) {
+    const Views t = views(tensors);
+    py::gil_scoped_release release;
+    return cpu::quantile_by_counts(t, q, pool());
+  });
+  m.def("radix_counts", [](const Operands& tensors, const std::vector<uint64_t>& prefixes, int level, bool wide) {
+    const Views t = views(tensors);
+    const int64_t own[] = {int64_t(prefixes.at(0)), int64_t(prefixes.at(1))};
+    py::array_t<int64_t> counts({2, kRadixColumns});
+    int64_t* data = counts.mutable_data();
+    py::gil_scoped_release release;
+    cpu::radix_counts(t, own, level, wide, data, pool());
+    py::gil_scoped_acquire acquire;
+    return counts;
   });
   m.def("spg_importance_", &spg);
   m.def("grad_dot", [](const Operands& a, const Operands& b) {
