@@ -31,8 +31,8 @@ REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
 NOTHING: dict[str, Any] = {"streams": []}
 OPTIMIZERS = (
-    "The whole `optimizer.step()`. torch fused: `torch.optim.AdamW(fused=True)` without the transform, which the others do besides; official: "
-    "as the methods' public code; eager and foreach: in-place torch ops, then torch fused."
+    "The whole `optimizer.step()`. torch fused: `torch.optim.AdamW(fused=True)` without the transform, which the others do besides; "
+    "official: as the methods' public code; eager and foreach: in-place torch ops, then torch fused."
 )
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
 

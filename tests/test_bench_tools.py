@@ -180,7 +180,8 @@ def test_targets_name_cells_that_the_default_run_measures():
         assert t.kind == "memory" or t.against in providers(default[(t.op, t.size, t.dtype)], "cpu"), t
     for t in targets.OPTIMIZERS:
         row = bench_optim.ROWS[t.op]
-        assert (t.op, t.size) in bench_optim.pairs() and t.dtype == row.dtype and t.against in (bench_optim.BARE, *row.providers), t
+        assert (t.op, t.size, t.dtype) in [(name, size, row.dtype) for name, size in bench_optim.pairs()], t
+        assert t.against in (bench_optim.BARE, *row.providers), t
 
 
 def test_tables_hold_what_was_measured_and_what_was_not_run():
