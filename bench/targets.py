@@ -86,6 +86,19 @@ TARGETS = (
 )
 
 
+FUSED = "torch fused"
+CHILD, COMPACT = ("AdamW + ChildMask", "gpt2-small", "fp32"), ("AdamW + FixedMask, compact", "gpt2-small", "fp32")
+OPTIMIZERS = (
+    Target("AdamW", "gpt2-small", "fp32", "speed", FUSED, 1.0, 1.2),
+    Target("AdamW + SoftMask", "gpt2-small", "fp32", "time", FUSED, 1.20, 1.14),
+    Target("AdamW + SoftMask, uint8", "gpt2-small", "fp32+uint8", "time", FUSED, 1.08, 1.04),
+    Target(*CHILD, "time", FUSED, 1.30, 1.10),
+    Target(*CHILD, "speed", "official", 6.0, 10.0),
+    Target(*COMPACT, "time", FUSED, 0.80, 0.65),
+    Target("AdamW + SoftMask", "10000x64", "fp32", "speed", "foreach", 2.0, 4.0),
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A target and what a run says about it."""
@@ -96,7 +109,12 @@ class Outcome:
     reason: str = ""
 
 
-def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = TARGETS) -> list[Outcome]:
+def of(result: Mapping[str, Any]) -> list[Outcome]:
+    """Every target's outcome in a whole result."""
+    return evaluate([*result["cells"], *result["optimizers"]], result["steps"])
+
+
+def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS)) -> list[Outcome]:
     """Hold a run's cells and training steps against the targets, in their order; every target has an outcome."""
     by_cell = {(r["op"], r["size"], r["dtype"]): r for r in records} | {(s["method"], s["model"], STEP): s for s in steps}
     out = []
