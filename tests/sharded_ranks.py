@@ -468,7 +468,7 @@ def compiled(world: int) -> None:
         ops.fisher_add_([f], [g * 2], 0.5, 1.0)
         return f + g
 
-    for function, modes in ((mask, (True, False)), (child, (True, False)), (accumulate, (False,)), (fisher, (False,))):
+    for function, modes in ((mask, (True, False)), (child, (False,)), (accumulate, (False,)), (fisher, (False,))):
         for fullgraph in modes:
             eager = [spread(random((5, 3), F32, n), mesh, [Shard(0)]) for n in (1, 2)]
             traced = [t.clone() for t in eager]
