@@ -29,8 +29,11 @@ FAMILIES: dict[str, str] = {}
 STAGES = {
     "spg_moments": "importance",
     "spg_update_": "importance",
-    "gem_coefficients": "projection",
+    "child_mask_at_": "child_mask",
     "combine_": "projection",
+    "fisher_squares": "importance",
+    "fisher_update_": "importance",
+    "gem_coefficients": "projection",
     "radix_counts": "quantile",
     "threshold_bits_": "bit_mask",
 }

@@ -98,6 +98,9 @@ CALLS = {
     "quantile": lambda: ops.quantile([torch.ones(3)], 0.5),
     "bit_mask_": lambda: ops.bit_mask_([torch.ones(3)], [torch.ones(1, dtype=torch.uint8)]),
     "gem_project_": lambda: ops.gem_project_([torch.ones(3)], [[torch.ones(3)]]),
+    "child_mask_": lambda: ops.child_mask_([torch.ones(3)], 0.5, 0, 0),
+    "fisher_add_": lambda: ops.fisher_add_([torch.ones(3)], [torch.ones(3)], 1.0, 1.0),
+    "ewc_pull_": lambda: ops.ewc_pull_(*[[torch.ones(3)] for _ in range(4)], 1.0),
 }
 
 

@@ -6,6 +6,10 @@
 #include "bind/gated_bit_mask.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_quantile.h"
+#include "bind/gated_child_mask.h"
+#include "bind/gated_fisher.h"
+#include "bind/gated_projection.h"
+#include "bind/gated_pull.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
@@ -52,6 +56,19 @@ struct Cpu {
     cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
   }
   void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
+  void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm) {
+    cpu::fisher_add_(fisher, grads, weight, max_norm, pool);
+  }
+  void fisher_squares(const Views& grads, double* squares) { cpu::fisher_squares(grads, squares, pool); }
+  void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients) {
+    cpu::fisher_update_(fisher, grads, weight, coefficients, pool);
+  }
+  void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places) {
+    cpu::child_mask_at_(grads, keep, seed, step, places, pool);
+  }
+  void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
+    cpu::ewc_pull_(grads, params, precision, anchor, strength, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -87,6 +104,9 @@ PYBIND11_MODULE(_C, m) {
   define_bit_mask<Cpu>(m);
   define_quantile<Cpu>(m);
   m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
+  define_child_mask<Cpu>(m);
+  define_fisher<Cpu>(m);
+  define_pull<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

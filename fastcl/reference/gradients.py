@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fastcl.reference.child_mask import child_mask_at_, row_major
 from fastcl.reference.soft_mask import soft_mask_
 
 
@@ -23,3 +24,11 @@ def mask_gradients_(
     for p, value in pairs:
         if p.grad is not None:
             soft_mask_([p.grad], [value], strength)
+
+
+def child_mask_gradients_(params: nn.Module | Iterable[Tensor], keep: float, *, seed: int, step: int) -> None:
+    """``p.grad <- p.grad * Bernoulli(keep) / keep``; see :func:`fastcl.child_mask_gradients_`."""
+    listed = params.parameters() if isinstance(params, nn.Module) else params
+    for i, p in enumerate(listed):
+        if p.grad is not None:
+            child_mask_at_([p.grad], keep, seed, step, [(i, 0, row_major(p.grad.shape))])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.reference._storage import compute_dtype, decode, encode_
+from fastcl.reference.projection import grad_dot
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -15,6 +16,32 @@ def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     for stored, other in zip(importance, new, strict=True):
         dtype = compute_dtype(stored, other)
         encode_(stored, torch.maximum(decode(stored, dtype), decode(other, dtype)))
+
+
+def fisher_squares(grads: Sequence[Tensor]) -> Tensor:
+    """First part of :func:`fisher_add_`, for tensors that are shards: ``sum g^2`` of each, [tensors], float64. There is a tensor."""
+    return torch.stack([grad_dot([g], [g]) for g in grads])
+
+
+def fisher_coefficients(squares: Tensor, max_norm: float) -> Tensor:
+    """What clips each tensor by its norm: ``min(1, max_norm / (norm + 1e-6))`` as in torch's clip_grad_norm_, [tensors], float64."""
+    return (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1)  # NaN stays
+
+
+def fisher_update_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float, coefficients: Tensor) -> None:
+    """Last part of :func:`fisher_add_`, with each tensor's coefficient."""
+    for stored, g, c in zip(fisher, grads, coefficients, strict=True):
+        dtype = compute_dtype(stored, g)
+        x = g.to(dtype) * c.to(dtype)
+        stored.copy_(stored.to(dtype) + weight * (x * x))
+
+
+def fisher_add_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0, max_norm: float | None = None) -> None:
+    """``F <- F + weight * (c g)^2``, c clipping each tensor by its own norm; see :func:`fastcl.ops.fisher_add_`."""
+    if not grads:
+        return
+    squares = torch.zeros(len(grads), dtype=torch.float64, device=grads[0].device) if max_norm is None else fisher_squares(grads)
+    fisher_update_(fisher, grads, weight, fisher_coefficients(squares, 1.0 if max_norm is None else max_norm))
 
 
 def _moments(grad: Tensor) -> Tensor:

@@ -306,6 +306,11 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         C.bit_mask_([base(), odd], [BITS, BITS], True),
         C.bit_mask_([base(), base()], [BITS, odd], True),
         C.threshold_bits_([BITS.clone(), odd], [base(), base()], torch.zeros((), dtype=torch.float64), True),
+        C.child_mask_([base(), odd], 0.5, 0, 0, True),
+        C.child_mask_at_([base(), odd], 0.5, 0, 0, [(0, 0, (6, 1))] * 2, True),
+        C.fisher_add_([base(), odd], [base(), base()], 1.0, 1.0, True),
+        C.fisher_update_([base(), odd], [base(), base()], 1.0, torch.ones(2, dtype=torch.float64), True),
+        C.ewc_pull_([base(), odd], *[[base(), base()]] * 3, 1.0, True),
     ):
         assert isinstance(refusal, str)
     if kind != "expanded":
@@ -319,6 +324,12 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         assert isinstance(C.quantile([base(), odd], 0.5, True), str)
         assert isinstance(C.radix_counts([base(), odd], torch.zeros(2, dtype=torch.int64), 0, False, True), str)
         assert isinstance(C.threshold_bits_([BITS.clone(), BITS.clone()], [base(), odd], torch.zeros(()).double(), True), str)
+        assert isinstance(C.fisher_squares([base(), odd], True), str)
+        assert isinstance(C.fisher_add_([base(), base()], [base(), odd], 1.0, None, True), str)
+        for place in range(3):
+            read = [[base(), base()] for _ in range(3)]
+            read[place][1] = odd
+            assert isinstance(C.ewc_pull_([base(), base()], *read, 1.0, True), str)
     assert isinstance(C.yardstick_read([base(), odd]), str)
 
 
@@ -390,6 +401,37 @@ def test_what_the_projections_gate_refuses() -> None:
         C.gem_coefficients(torch.eye(3), 0.5, 1e-3, False),
         C.gem_coefficients(torch.eye(3, 2, dtype=torch.float64), 0.5, 1e-3, False),
         C.gem_coefficients(torch.eye(1, dtype=torch.float64), 0.5, 1e-3, False),
+    ):
+        assert isinstance(refusal, str)
+    assert raw(a) == before
+
+
+def test_what_the_masks_gate_refuses() -> None:
+    a, b = base(), base() + 1
+    before = raw(a)
+    whole = (0, 0, (6, 1))
+    numbers: list[Any] = [-1.0, float("nan"), float("inf"), "1", None, torch.tensor(0.5)]
+    places: list[Any] = [[], [whole, whole], whole, "places", 3, [None], [[0, 0, (6, 1)]], [(0, 0)], [(0, 0, (6,))], [(0, 0, 6)]]
+    places += [[(-1, 0, (6, 1))], [(2**32, 0, (6, 1))], [(0, -1, (6, 1))], [(0, 2**63, (6, 1))], [(0, 0, (-6, 1))]]
+    places += [[(0, 0, (2**62, 1))], [(0, 2**62, (6, 1))], [(0, 0.0, (6, 1))], [(0, 0, (6, "1"))]]
+    for refusal in (
+        *[C.child_mask_([a], keep, 0, 0, False) for keep in (0.0, 1.5, *numbers)],
+        *[C.child_mask_([a], 0.5, seed, 0, False) for seed in (-1, 2**64, 1.0, True, *numbers)],
+        *[C.child_mask_([a], 0.5, 0, step, False) for step in (-1, 2**32, 1.0, True, *numbers)],
+        C.child_mask_([a, a], 0.5, 0, 0, False),
+        *[C.child_mask_at_([a], 0.5, 0, 0, p, False) for p in places],
+        *[C.fisher_add_([a], [b], weight, None, False) for weight in numbers],
+        *[C.fisher_add_([a], [b], 1.0, norm, False) for norm in (0.0, *numbers) if norm is not None],
+        C.fisher_add_([a], [b, b], 1.0, None, False),
+        C.fisher_add_([a], [b[:2]], 1.0, None, False),
+        C.fisher_add_([a, b], [b, a], 1.0, 1.0, False),
+        C.fisher_update_([a], [b], 1.0, torch.ones(2, dtype=torch.float64), False),
+        C.fisher_update_([a], [b], 1.0, torch.ones(1), False),
+        C.fisher_update_([a], [b], 1.0, None, False),
+        *[C.ewc_pull_([a], [b], [b], [b], strength, False) for strength in numbers],
+        C.ewc_pull_([a], [b], [b[:1]], [b], 1.0, False),
+        C.ewc_pull_([a], [b], [b], [], 1.0, False),
+        C.ewc_pull_([a], [b.t()], [b], [b], 1.0, False),
     ):
         assert isinstance(refusal, str)
     assert raw(a) == before
