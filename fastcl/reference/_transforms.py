@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl.reference._storage import decode
+from fastcl.reference.bit_mask import unpack
 from fastcl.reference.child_mask import Place, child, indices, row_major
 
 # ("soft_mask", importance, strength), ("child_mask", keep, seed), ("fixed_mask", bits), ("project", reference, coefficient) and
@@ -43,7 +44,7 @@ def transformed(
         elif kind == "fixed_mask":
             (bits,) = operands
             if _present(bits[i], p):
-                x = torch.where(unpacked(bits[i], p.shape), x, 0)
+                x = torch.where(unpack(bits[i], p.numel()).view(p.shape), x, 0)
         elif kind == "project":
             reference, coefficient = operands
             if _present(reference[i], p):
@@ -60,9 +61,3 @@ def transformed(
 
 def _present(operand: Tensor, p: Tensor) -> bool:
     return operand.numel() > 0 or p.numel() == 0
-
-
-def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool tensor of this shape whose row-major element ``e`` is bit ``e & 7`` of byte ``e >> 3``."""
-    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return flat.flatten()[: torch.Size(shape).numel()].view(tuple(shape)).bool()

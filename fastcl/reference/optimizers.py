@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastcl.reference._storage import compute_dtype
-from fastcl.reference._transforms import Transform, transformed, unpacked
+from fastcl.reference._transforms import Transform, transformed
+from fastcl.reference.bit_mask import unpack
 from fastcl.reference.child_mask import Place
 from fastcl.reference.projection import grad_dot
 
@@ -39,12 +40,13 @@ def adamw_(
     for i, (param, grad, first, second, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         dtype = compute_dtype(param)
         child = compact[0][i] if compact is not None and compact[0][i].numel() else None
-        mask = unpacked(child, param.shape) if child is not None else None
+        mask = unpack(child, param.numel()).view(param.shape) if child is not None else None
         x = transformed(i, param, grad, dtype, step, transforms, places, scale)
         x = -x if maximize else x
         p, m, v = param.to(dtype, copy=True), _spread(first, mask), _spread(second, mask)
         t = step.double() + 1
-        rate = torch.as_tensor(lr, dtype=torch.float64, device=t.device)  # number / tensor would multiply by the tensor's reciprocal
+        # A number divided by a tensor would be multiplied by its reciprocal.
+        rate = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, lr)
         bias1, bias2 = 1 - torch.pow(beta1, t), 1 - torch.pow(beta2, t)
         if hf:
             m.mul_(beta1).add_(x, alpha=1 - beta1)
