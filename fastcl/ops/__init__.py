@@ -2,6 +2,7 @@
 
 from fastcl.ops.bit_mask import bit_mask_
 from fastcl.ops.importance import emax_, spg_importance_
+from fastcl.ops.optimizers import adamw_, sgd_
 from fastcl.ops.projection import GemInfo, ProjectionInfo, gem_project_, grad_dot, gram, project_
 from fastcl.ops.quantile import quantile
 from fastcl.ops.soft_mask import soft_mask_
@@ -9,6 +10,7 @@ from fastcl.ops.soft_mask import soft_mask_
 __all__ = [
     "GemInfo",
     "ProjectionInfo",
+    "adamw_",
     "bit_mask_",
     "emax_",
     "gem_project_",
@@ -16,6 +18,7 @@ __all__ = [
     "gram",
     "project_",
     "quantile",
+    "sgd_",
     "soft_mask_",
     "spg_importance_",
 ]
