@@ -39,6 +39,20 @@ struct Places {
   }
 };
 
+// What an optimizer is called with besides its numbers. Lists stand for parameters one by one; what is optional is empty.
+struct OptimizerInputs {
+  Views params, grads;
+  Views first, second;  // moments, or first alone: momentum buffers
+  Views steps;          // counters of the steps so far
+  std::vector<Transform> transforms;
+  Places places;
+  Views bits, ranks;  // compact state: the moments of the elements whose bit is set, and nothing of the others
+  Views scale, found_inf, lr;
+};
+
+// Elements between two entries of a bit mask's ranks.
+constexpr int64_t kRankBlock = 2048;
+
 // The number of a step as draws count it, from the counter in a state.
 FASTCL_HD uint32_t draw_step(float step) { return step >= 0 && step < 4294967296.0f ? uint32_t(step) : 0u; }
 
