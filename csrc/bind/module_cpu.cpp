@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/gated.h"
+#include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
@@ -42,6 +43,11 @@ struct Cpu {
   void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
     cpu::combine_(grads, memories, coefficients, pool);
   }
+  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
+  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
+  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
+    cpu::transformed_dot(inputs, reference, out, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -74,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   define_spg<Cpu>(m);
   define_projection<Cpu>(m);
+  define_optimizers<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -1,5 +1,6 @@
 #include "cpu/optimizers.h"
 
+#include <atomic>
 #include <type_traits>
 
 #include "core/dtypes.h"
@@ -107,6 +108,27 @@ int64_t state_before(const OptimizerInputs& inputs, size_t tensor, int64_t eleme
   return ranks[block] + count_bits(reinterpret_cast<const uint8_t*>(inputs.bits[tensor].data), block * kRankBlock, element);
 }
 
+// Ranks and the sizes of the state decide where is written: they have to be those of the bits.
+void check_ranks(const OptimizerInputs& inputs, const Pool& pool) {
+  for (size_t i = 0; i < inputs.bits.size(); ++i) {
+    const int64_t n = inputs.params[i].elements, blocks = inputs.ranks[i].elements;
+    if (inputs.bits[i].elements == 0) continue;
+    const auto* bits = reinterpret_cast<const uint8_t*>(inputs.bits[i].data);
+    const auto* ranks = reinterpret_cast<const int64_t*>(inputs.ranks[i].data);
+    std::atomic<bool> right{ranks[0] == 0};
+    pool.each(blocks, 1024, [&](int64_t begin, int64_t end) {
+      bool fits = true;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t next = ranks[b] + count_bits(bits, b * kRankBlock, std::min(n, (b + 1) * kRankBlock));
+        fits = fits && next == (b + 1 < blocks ? ranks[b + 1] : inputs.first[i].elements);
+      }
+      if (!fits) right = false;
+    });
+    if (!right) throw Refusal("ranks", i, "are not those of the bits");
+    if (inputs.first[i].elements != inputs.second[i].elements) throw Refusal("exp_avg_sqs", i, "has another length than exp_avgs");
+  }
+}
+
 template <class C>
 C* state(const Views& list, size_t tensor) {
   return reinterpret_cast<C*>(list[tensor].data);
@@ -124,6 +146,7 @@ template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int6
 template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
 
 void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool) {
+  check_ranks(inputs, pool);
   if (skipped(inputs)) return;
   const GradientSweep sweep(inputs, nullptr);
   const Scalars scalars(inputs, rule);
