@@ -5,6 +5,7 @@
 #include "bind/gated.h"
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
+#include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
 #include "bind/gated_spg.h"
@@ -58,6 +59,11 @@ struct Cpu {
   void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
     cpu::ewc_pull_(grads, params, precision, anchor, strength, pool);
   }
+  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
+  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
+  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
+    cpu::transformed_dot(inputs, reference, out, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -93,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
   define_child_mask<Cpu>(m);
   define_fisher<Cpu>(m);
   define_pull<Cpu>(m);
+  define_optimizers<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -5,7 +5,9 @@
 
 #include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/optimizers.h"
 #include "core/parallel.h"
+#include "core/transforms.h"
 #include "core/view.h"
 
 namespace fastcl::cpu {
@@ -50,6 +52,13 @@ void gem_coefficients(const double* products, int k, double margin, double ridge
 
 // grads += sum_k coefficients[k] memories[k]; nothing is read or written if all coefficients are 0.
 void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool);
+
+// One step in one sweep: the gradients through the transforms, then the optimizer. Nothing is written if found_inf is not 0.
+void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool);
+void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
+
+// out: T(g).r, r.r of the transformed gradients, in a fixed order.
+void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
 
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);
