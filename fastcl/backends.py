@@ -26,7 +26,15 @@ NATIVE = {"cpp": "_C", "cuda": "_C_cuda"}
 # One row per op: the family (file stem) that holds it. fastcl.ops registers the rows.
 FAMILIES: dict[str, str] = {}
 # Parts of ops, which lists sharded over processes need one by one.
-STAGES = {"spg_moments": "importance", "spg_update_": "importance", "gem_coefficients": "projection", "combine_": "projection"}
+STAGES = {
+    "spg_moments": "importance",
+    "spg_update_": "importance",
+    "fisher_squares": "importance",
+    "fisher_update_": "importance",
+    "gem_coefficients": "projection",
+    "combine_": "projection",
+    "child_mask_at_": "child_mask",
+}
 
 
 class BackendUnavailable(RuntimeError):

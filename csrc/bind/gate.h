@@ -29,6 +29,10 @@ class Gate {
   bool take_optional(const char* name, pybind11::handle tensor, Views& out);
   // A number in [0, most], finite.
   bool take_number(const char* name, pybind11::handle value, double most, double& out);
+  // A number in (0, most], finite.
+  bool take_positive(const char* name, pybind11::handle value, double most, double& out);
+  // An integer in [0, most].
+  bool take_unsigned(const char* name, pybind11::handle value, uint64_t most, uint64_t& out);
   // A list of at most most lists, each as take() accepts it.
   bool take_lists(const char* name, pybind11::handle lists, size_t most, std::vector<Views>& out);
   bool same_length(const char* name, size_t length, size_t expected);
@@ -46,6 +50,9 @@ class Gate {
   // The index of the tensors' device; -1 before the first tensor.
   int32_t device_index() const { return device_index_; }
 
+  // Refuses for a reason that the caller found; returns false.
+  bool refuse(const char* name, std::optional<size_t> index, const char* reason);
+
   // None if nothing was refused, else the reason.
   pybind11::object verdict() const;
 
@@ -58,7 +65,6 @@ class Gate {
 
   enum class Dtypes : uint8_t { floating, stored, int64 };
 
-  bool refuse(const char* name, std::optional<size_t> index, const char* reason);
   bool take_list(const char* name, pybind11::handle list, Access access, Dtypes dtypes, Views& out);
   const char* view_of(PyObject* object, Access access, Dtypes dtypes, View& out);
 };
