@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_optimizers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -720,6 +721,9 @@ def methods_with_a_memory(world: int) -> None:
             assert times == projected
             for name, p in single.items():
                 torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
+
+
+CHECKS |= sharded_optimizers.CHECKS
 
 
 def main() -> None:
