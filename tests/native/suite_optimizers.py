@@ -268,7 +268,7 @@ def test_ranks_that_are_not_those_of_the_bits_are_refused() -> None:
         if change == "ranks":
             a.ranks = [operand(ranks(t.bits) + np.array([0, 1, 0]), "i64")]
         before = copy.deepcopy(t)
-        with pytest.raises(RuntimeError, match="ranks|exp_avg_sqs"):
+        with pytest.raises(RuntimeError, match=r"ranks|exp_avg_sqs"):
             native.adamw_(a, *RULE.values())
         assert same(t, before)
 
@@ -288,7 +288,9 @@ def test_nothing_is_written_if_an_infinity_was_found(value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
-@pytest.mark.parametrize(("momentum", "nesterov", "first"), [(0.0, False, False), (0.9, False, True), (0.9, False, False), (0.9, True, False)])
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "first"), [(0.0, False, False), (0.9, False, True), (0.9, False, False), (0.9, True, False)]
+)
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_sgd(dtype: str, momentum: float, nesterov: bool, first: bool, decay: float) -> None:
     rng = np.random.default_rng(4)
