@@ -29,13 +29,14 @@ FAMILIES: dict[str, str] = {}
 STAGES = {
     "spg_moments": "importance",
     "spg_update_": "importance",
-    "child_mask_at_": "child_mask",
-    "combine_": "projection",
-    "fisher_squares": "importance",
-    "fisher_update_": "importance",
     "gem_coefficients": "projection",
+    "combine_": "projection",
     "radix_counts": "quantile",
     "threshold_bits_": "bit_mask",
+    "transformed_dot": "optimizers",
+    "fisher_squares": "importance",
+    "fisher_update_": "importance",
+    "child_mask_at_": "child_mask",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import pytest
+import sharded_optimizers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -951,6 +952,9 @@ def bit_mask_errors(world: int) -> None:
     assert copy.deepcopy(placed) == placed
     assert placed != plain
     assert placed != across
+
+
+CHECKS |= sharded_optimizers.CHECKS
 
 
 def main() -> None:

@@ -92,6 +92,8 @@ CALLS = {
     "soft_mask_": lambda: ops.soft_mask_([torch.ones(3)], [torch.ones(3)]),
     "emax_": lambda: ops.emax_([torch.ones(3)], [torch.ones(3)]),
     "spg_importance_": lambda: ops.spg_importance_([torch.ones(3)], [[torch.ones(3)]]),
+    "adamw_": lambda: ops.adamw_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(())], lr=0.1),
+    "sgd_": lambda: ops.sgd_([torch.ones(3)], [torch.ones(3)], lr=0.1),
     "grad_dot": lambda: ops.grad_dot([torch.ones(3)], [torch.ones(3)]),
     "gram": lambda: ops.gram([[torch.ones(3)]]),
     "project_": lambda: ops.project_([torch.ones(3)], [torch.ones(3)]),

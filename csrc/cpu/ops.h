@@ -5,7 +5,9 @@
 
 #include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/optimizers.h"
 #include "core/parallel.h"
+#include "core/transforms.h"
 #include "core/view.h"
 
 namespace fastcl::cpu {
@@ -51,6 +53,12 @@ void gem_coefficients(const double* products, int k, double margin, double ridge
 // grads += sum_k coefficients[k] memories[k]; nothing is read or written if all coefficients are 0.
 void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool);
 
+// One step in one sweep: the gradients through the transforms, then the optimizer. Nothing is written if found_inf is not 0.
+void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool);
+void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
+
+// out: T(g).r, r.r of the transformed gradients, in a fixed order.
+void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
 // grads = bit ? grads : +0. Bits: uint8, a bit per element in the tensor's row-major order.
 void bit_mask_(const Views& grads, const Views& bits, const Pool& pool);
 // bit = value >= threshold in double.
