@@ -9,7 +9,8 @@ from fastcl.testing import bit_mask, child_mask, importance, optimizers, project
 from fastcl.testing._case import Args, OpCase, Shape, clone, largest_error, unit_roundoff
 from fastcl.testing._inputs import SIZES, elements, gradients, importances
 
-CASES: dict[str, OpCase] = {
+FAMILIES = (soft_mask, importance, projection, child_mask, pull, quantile, bit_mask, optimizers)
+CASES: dict[str, OpCase] = {case.name: case for family in FAMILIES for case in family.CASES}
     case.name: case
     for family in (soft_mask, importance, projection, child_mask, pull, quantile, bit_mask, optimizers)
     for case in family.CASES
