@@ -3,10 +3,12 @@
 from fastcl import ops, reference
 from fastcl._version import __version__
 from fastcl.backends import BackendUnavailable, use_backend
+from fastcl.bit_mask import BitMask
 from fastcl.gradients import capture_gradients, gem_project_gradients_, mask_gradients_, project_gradients_
 
 __all__ = [
     "BackendUnavailable",
+    "BitMask",
     "__version__",
     "capture_gradients",
     "gem_project_gradients_",
