@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ def joins_in_backward(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel wraps, whose parameters have the names that every other process gives them; else ``model``."""
+    """The module that DistributedDataParallel wraps, whose parameters have the names that they have without it; else ``model``."""
     found: nn.Module = model.module if isinstance(model, _class("torch.nn.parallel", "DistributedDataParallel")) else model
     return found
 
@@ -58,19 +59,13 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
 
     Raises TypeError for sharded parameters whose mesh does not tell that its ranks share the data: that of tensor parallelism.
     """
-    import torch.distributed as dist
+    from torch import distributed as dist
 
     device = slots[0].parameter().device
     for module in model.modules():
         if isinstance(module, _class("torch.nn.parallel", "DistributedDataParallel")):
             group = module.process_group
-
-            def total(count: int) -> int:
-                value = torch.tensor(count, device=device)
-                dist.all_reduce(value, group=group)
-                return int(value)
-
-            return DataParallel(dist.get_world_size(group), dist.get_rank(group), total)
+            return DataParallel(dist.get_world_size(group), dist.get_rank(group), functools.partial(_total, group, device))
     parameters = [slot.parameter() for slot in slots]
     if not _sharded.is_sharded(parameters):
         return DataParallel(1, 0, int)
@@ -79,16 +74,19 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
         kinds = "".join("S" if at.is_shard() else "R" for at in getattr(p, "placements", ()))
         if not joins_in_backward(model) or kinds not in {"S", "RS"}:
             raise TypeError(
-                f"the parameter {slot.name!r} is sharded by other means than fully_shard over ranks that share the data: how many samples a "
-                "gradient is the mean of is then not known; accepted are DistributedDataParallel and fully_shard on a 1-D or a "
-                "(replicate, shard) mesh"
+                f"the parameter {slot.name!r} is sharded by other means than fully_shard, and over how many ranks gradients are averaged is "
+                "not known; accepted are DistributedDataParallel, and fully_shard on a 1-D or a (replicate, shard) mesh"
             )
     rank = 0
     for size, at in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):
         rank = rank * size + at
-    return DataParallel(
-        mesh.size(), rank, lambda count: int(_sharded.all_reduce_sum(torch.tensor(count, dtype=torch.float64, device=device), mesh))
-    )
+    return DataParallel(mesh.size(), rank, lambda count: int(_sharded.all_reduce_sum(torch.tensor(count, device=device), mesh)))
+
+
+def _total(group: Any, device: torch.device, count: int) -> int:
+    value = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(value, group=group)
+    return int(value)
 
 
 def gradients(output: Tensor, parameters: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:

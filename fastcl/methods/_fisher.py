@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ Batches = Iterable[tuple[Any, Any]]
 Logits = Callable[[Any], Tensor]
 
 
-def of_batches(model: nn.Module, slots: Sequence[Slot], loader: Batches, logits_of: Logits, loss: Loss, max_norm: float) -> list[Tensor]:
+def of_batches(
+    model: nn.Module, slots: Sequence[Slot], loader: Batches, logits_of: Logits, loss: Loss, max_norm: float | None
+) -> list[Tensor]:
     """Child-Tuning's: the mean over the batches of ``clip(g)^2``, g the gradient of a batch's mean loss, each tensor clipped by itself."""
     gathered, gradients = _Sum(model, slots), reader(model, slots)
     batches = 0
@@ -29,7 +32,7 @@ def of_batches(model: nn.Module, slots: Sequence[Slot], loader: Batches, logits_
     return gathered.mean(batches)
 
 
-def of_drawn_labels(model: nn.Module, slots: Sequence[Slot], loader: Batches, logits_of: Logits, seed: int) -> list[Tensor]:
+def of_drawn_labels(model: nn.Module, slots: Sequence[Slot], loader: Batches, logits_of: Logits, seed: str) -> list[Tensor]:
     """The Fisher information: labels are drawn from the model's softmax; the mean over samples, from one backward pass per batch.
 
     For ``B`` samples ``E[(sum of g_i)^2] = sum of E[g_i^2]``, since the g_i are then independent and have mean zero.
@@ -37,7 +40,8 @@ def of_drawn_labels(model: nn.Module, slots: Sequence[Slot], loader: Batches, lo
     parallel = _distributed.data_parallel(model, slots)
     gathered, gradients = _Sum(model, slots), reader(model, slots)
     # Ranks that drew the same numbers would make their samples' gradients dependent.
-    generator = torch.Generator(gathered.device).manual_seed(seed * parallel.size + parallel.rank)
+    drawn = hashlib.sha256(f"{seed} {parallel.rank}".encode()).digest()
+    generator = torch.Generator(gathered.device).manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
     samples = 0
     for x, _ in usable_batches(loader, gathered.device):
         logits = _rows(_logits(logits_of(x)))

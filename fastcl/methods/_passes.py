@@ -87,11 +87,8 @@ def reader(model: nn.Module, slots: Sequence[Slot]) -> Callable[[Tensor], list[T
             return [None] * len(parameters)
         if not loss.requires_grad:
             raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
-        if joined:
-            found = _distributed.gradients(loss, everything, wanted)
-        else:
-            # Not backward(): hooks that step an optimizer as soon as a gradient arrives must not run here.
-            found = list(torch.autograd.grad(loss, wanted, allow_unused=True))
+        # Not backward() where it can be helped: hooks that step an optimizer as soon as a gradient arrives must not run here.
+        found = _distributed.gradients(loss, everything, wanted) if joined else torch.autograd.grad(loss, wanted, allow_unused=True)
         by_parameter = {id(p): g for p, g in zip(wanted, found, strict=True)}
         return [by_parameter.get(id(p)) for p in parameters]
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fastcl import ops
 from fastcl.methods import _distributed, _fisher
+from fastcl.methods._arguments import checked_forward, in_the_optimizers_order, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
-from fastcl.methods._model import Slot, check_unchanged, some, trainable
+from fastcl.methods._model import check_unchanged, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes, zeros_to_sum_into
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded
-from fastcl.ops._checks import finite_from_zero, unit_interval
+from fastcl.ops._checks import at_least_zero, unit_interval
 
 LABELS = ("model", "true")
 
@@ -37,15 +38,15 @@ class EWC(Method):
 
         g <- g + 2 * strength * A (theta - c)
 
-    Papers write the penalty with ``lambda / 2``: their ``lambda`` is ``2 * strength``. ``c`` is updated in closed form, ``c + F (theta - c) /
-    A``. The first task is not touched.
+    Papers write the penalty with ``lambda / 2``: their ``lambda`` is ``2 * strength``. The sums are kept in closed form,
+    ``c <- c + F (theta - c) / A``. The first task is not touched.
 
     The Fisher information, a mean over the task's samples, comes from one pass through its data:
 
     * ``labels="model"``: that of the definition, with labels drawn from the model's softmax, one backward pass per batch. The gradients
-      ``g_i`` of the samples' losses are then independent and have mean zero, so that for a batch of ``B`` with the mean loss' gradient ``g``
-      the expectation of ``B g^2`` is the mean of the ``E[g_i^2]``: unbiased, without a pass per sample. It needs samples that do not meet in
-      the forward pass (no batch normalisation in train mode); a cross-entropy, logits [samples, classes].
+      ``g_i`` of the samples' losses are then independent and have mean zero, so that for ``B`` samples whose mean loss has the gradient
+      ``g`` the expectation of ``B g^2`` is the mean of the ``E[g_i^2]``: unbiased, without a pass per sample. It needs a classifier,
+      logits [samples, classes], whose samples do not meet in the forward pass (no batch normalisation in train mode).
     * ``labels="true"``: the empirical Fisher information, squared gradients of the samples' losses for their true labels. Their mean is
       not zero, so that this takes a forward and a backward pass per sample, as many times those of ``"model"`` as a batch has samples.
 
@@ -62,8 +63,8 @@ class EWC(Method):
             ewc.end_task(loader)
             ewc.save("ewc.safetensors")
 
-    With an optimizer of :mod:`fastcl.optim` the pull costs no sweep of its own: ``SGD(model.parameters(), lr, transforms=ewc.transforms())``,
-    and no ``after_backward``.
+    With an optimizer of :mod:`fastcl.optim` the pull costs no sweep of its own: no ``after_backward``, and
+    ``SGD(model.parameters(), lr, transforms=ewc.transforms())``.
 
     Args:
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Every parameter that
@@ -75,7 +76,7 @@ class EWC(Method):
         forward: ``forward(model, x, task) -> logits``; by default ``model(x)``.
         train_mode: whether the model is in train mode in the Fisher's pass; by default in eval mode, so that it is the Fisher information
             of the model as it is used, without dropout.
-        seed: of the drawn labels: whole number in [0, 2^31). Every task and every rank draws its own; no other generator is used.
+        seed: of the drawn labels: whole number in [0, 2^63). Every task and every rank draws its own; no other generator is used.
 
     Raises:
         TypeError: an argument of a wrong kind, a model under FullyShardedDataParallel, a parameter that is not floating point.
@@ -98,17 +99,15 @@ class EWC(Method):
         super().__init__()
         if labels not in LABELS:
             raise ValueError(f"labels must be 'model' or 'true', got {labels!r}")
-        if forward is not None and not callable(forward):
-            raise TypeError(f"forward must be a function (model, x, task) -> logits, got {type(forward).__name__}")
         if not isinstance(train_mode, bool):
             raise TypeError(f"train_mode must be True or False, got {type(train_mode).__name__}")
-        self._strength = finite_from_zero("strength", strength)
+        self._strength = at_least_zero("strength", strength)
         self._gamma = None if gamma is None else unit_interval("gamma", gamma)
-        self._seed = seed_below("seed", seed, 2**31)
+        self._seed = whole_below("seed", seed, 2**63)
         _distributed.prepare(model)
         self._slots = trainable(_distributed.unwrapped(model))
         self._model, self._labels, self._train_mode = model, labels, train_mode
-        self._forward: Forward = call if forward is None else forward
+        self._forward: Forward = checked_forward(forward)
         self._precision, self._anchor = zeros_to_sum_into(self._slots), zeros_to_sum_into(self._slots)
 
     @property
@@ -164,21 +163,15 @@ class EWC(Method):
                 pulled have no part in it.
 
         Raises:
-            ValueError: a parameter of the model that is missing there would not be pulled.
+            TypeError: not parameters.
+            ValueError: a parameter of the model is missing, and would not be pulled.
         """
         from fastcl import optim
 
-        listed = listed_parameters(self._model, params)
+        places = in_the_optimizers_order(self._model, self._slots, params)
         self._follow()
-        own = {id(slot.parameter()): k for k, slot in enumerate(self._slots)}
-        if missing := own.keys() - {id(p) for p in listed}:
-            names = some(self._slots[k].name for i, k in own.items() if i in missing)
-            raise ValueError(f"params lacks {names}, which the method pulls; pass the optimizer's parameters in their order")
-        none = [torch.zeros(0, dtype=torch.float32, device=p.device) for p in listed]
-        precision, anchor = (
-            [tensors[own[id(p)]] if id(p) in own else empty for p, empty in zip(listed, none, strict=True)]
-            for tensors in (self._precision, self._anchor)
-        )
+        absent = torch.zeros(0)
+        precision, anchor = ([absent if k is None else tensors[k] for k in places] for tensors in (self._precision, self._anchor))
         return (optim.Pull(precision, anchor, self._strength),)
 
     def end_task(self, loader: Iterable[tuple[Any, Any]], loss_fn: Loss | None = None) -> None:
@@ -212,7 +205,7 @@ class EWC(Method):
             if self._labels == "true" and loss_fn is not None:
                 fisher = _fisher.of_true_labels(self._model, self._slots, loader, logits_of, loss_fn)
             else:
-                fisher = _fisher.of_drawn_labels(self._model, self._slots, loader, logits_of, (self._seed << 24) + task)
+                fisher = _fisher.of_drawn_labels(self._model, self._slots, loader, logits_of, f"{self._seed} {task}")
         _distributed.prepare(self._model)
         self._take_in(fisher)
         self._tasks_seen += 1
