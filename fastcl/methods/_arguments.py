@@ -67,7 +67,7 @@ def tensors_by_name(state: Mapping[str, Any], kind: str, slots: Sequence[Slot]) 
         raise ValueError(f"state[{kind!r}] lacks {some(missing)}, which the model has")
     if unknown := sorted(map(str, given.keys() - names)):
         raise ValueError(f"state[{kind!r}] has {some(unknown)}, which the method does not know")
-    for name in names:
-        if not isinstance(given[name], Tensor):
-            raise TypeError(f"state[{kind!r}][{name!r}] must be a tensor, got {type(given[name]).__name__}")
+    for slot in slots:
+        if not isinstance(given[slot.name], Tensor):
+            raise TypeError(f"state[{kind!r}][{slot.name!r}] must be a tensor, got {type(given[slot.name]).__name__}")
     return [given[slot.name] for slot in slots]

@@ -74,8 +74,8 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
         kinds = "".join("S" if at.is_shard() else "R" for at in getattr(p, "placements", ()))
         if not joins_in_backward(model) or kinds not in {"S", "RS"}:
             raise TypeError(
-                f"the parameter {slot.name!r} is sharded by other means than fully_shard, and over how many ranks gradients are averaged is "
-                "not known; accepted are DistributedDataParallel, and fully_shard on a 1-D or a (replicate, shard) mesh"
+                f"the parameter {slot.name!r} is sharded by other means than fully_shard: the ranks that average gradients are "
+                "not known. Accepted are DistributedDataParallel, and fully_shard on a 1-D or a (replicate, shard) mesh"
             )
     rank = 0
     for size, at in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):

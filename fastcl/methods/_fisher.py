@@ -46,8 +46,7 @@ def of_drawn_labels(model: nn.Module, slots: Sequence[Slot], loader: Batches, lo
     for x, _ in usable_batches(loader, gathered.device):
         logits = _rows(_logits(logits_of(x)))
         with torch.no_grad():
-            probabilities = logits.double().softmax(1)
-            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0] if len(logits) else logits.new_zeros(0).long()
+            labels = torch.multinomial(logits.double().softmax(1), 1, generator=generator)[:, 0]
         # The sum over this rank's samples: what arrives is the sum over all ranks' samples over the number of ranks.
         gathered.add(gradients(cross_entropy(logits, labels, reduction="sum")), weight=parallel.size**2)
         samples += len(logits)
@@ -98,4 +97,6 @@ def _rows(logits: Tensor) -> Tensor:
         raise ValueError(
             f"labels are drawn for logits of shape [samples, classes]; forward gave {tuple(logits.shape)}: let it flatten what comes first"
         )
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the logits have a NaN or an Inf, so no label can be drawn: the training has diverged")
     return logits

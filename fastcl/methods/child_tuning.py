@@ -206,12 +206,13 @@ class ChildTuning(Method):
         """
         if not self._active:
             return ()
+        if self._variant == "D":
+            self._chosen_masks()
+            self._follow()
         from fastcl import optim
 
         if self._variant == "F":
             return (optim.ChildMask(self._keep, self._seed),)
-        self._chosen_masks()
-        self._follow()
         masks, places = self._chosen_masks(), in_the_optimizers_order(self._model, self._competing, params)
         return (optim.FixedMask([None if k is None else masks[k] for k in places]),)
 

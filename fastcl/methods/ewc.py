@@ -12,7 +12,7 @@ from fastcl import ops
 from fastcl.methods import _distributed, _fisher
 from fastcl.methods._arguments import checked_forward, in_the_optimizers_order, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
-from fastcl.methods._model import check_unchanged, trainable
+from fastcl.methods._model import FLOATING, check_unchanged, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes, zeros_to_sum_into
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded
@@ -70,7 +70,7 @@ class EWC(Method):
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Every parameter that
             requires grad is pulled. Modules may not be replaced, added or unfrozen afterwards (:meth:`end_task` checks it). With several
             processes every rank calls every method, with as many batches of as many samples on each.
-        strength: finite number >= 0.
+        strength: finite number >= 0. A step of plain SGD overshoots ``c``, and diverges, where ``lr * 2 * strength * A > 2``.
         gamma: None for the offline form, or a number in [0, 1], by which the past fades at the end of each later task: the online form.
         labels: ``"model"`` or ``"true"``, see above.
         forward: ``forward(model, x, task) -> logits``; by default ``model(x)``.
@@ -241,6 +241,12 @@ class EWC(Method):
         loaded = []
         for kind, own in (("precision", self._precision), ("anchor", self._anchor)):
             given = tensors_by_name(state, kind, self._slots)
+            for slot, t in zip(self._slots, given, strict=True):
+                if t.dtype not in FLOATING:
+                    raise TypeError(f"{kind}[{slot.name!r}] has dtype {t.dtype}; accepted are {', '.join(map(str, FLOATING))}")
+                if t.shape != slot.parameter().shape:
+                    shapes = f"{tuple(t.shape)}, the parameter has {tuple(slot.parameter().shape)}"
+                    raise ValueError(f"{kind}[{slot.name!r}] has shape {shapes}; they must be equal")
             values = [_distributed.lay_out(t, mine).to(mine.dtype) for t, mine in zip(given, own, strict=True)]
             holds: Callable[[Tensor], Tensor] = torch.isfinite if kind == "anchor" else _finite_from_zero
             failing = _distributed.first_failing(values, holds)
