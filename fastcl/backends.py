@@ -33,6 +33,9 @@ STAGES = {
     "combine_": "projection",
     "radix_counts": "quantile",
     "threshold_bits_": "bit_mask",
+    "fisher_squares": "importance",
+    "fisher_update_": "importance",
+    "child_mask_at_": "child_mask",
 }
 
 

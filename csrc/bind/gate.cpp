@@ -128,6 +128,21 @@ bool Gate::take_number(const char* name, py::handle value, double most, double& 
   return out >= 0 && out <= most && std::isfinite(out) ? true : refuse(name, std::nullopt, "is outside its range");
 }
 
+bool Gate::take_positive(const char* name, py::handle value, double most, double& out) {
+  return take_number(name, value, most, out) && (out > 0 || refuse(name, std::nullopt, "is outside its range"));
+}
+
+bool Gate::take_unsigned(const char* name, py::handle value, uint64_t most, uint64_t& out) {
+  if (refusal_) return false;
+  if (!PyLong_CheckExact(value.ptr())) return refuse(name, std::nullopt, "is not an integer");
+  out = PyLong_AsUnsignedLongLong(value.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return refuse(name, std::nullopt, "is outside its range");
+  }
+  return out <= most ? true : refuse(name, std::nullopt, "is outside its range");
+}
+
 bool Gate::take_lists(const char* name, py::handle lists, size_t most, std::vector<Views>& out) {
   if (refusal_) return false;
   if (!PyTuple_CheckExact(lists.ptr()) && !PyList_CheckExact(lists.ptr())) return refuse(name, std::nullopt, "is not a list or tuple");

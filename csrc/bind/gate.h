@@ -25,6 +25,10 @@ class Gate {
   bool take(const char* name, pybind11::handle list, Access access, bool accepts_uint8, Views& out);
   // A number in [0, most], finite.
   bool take_number(const char* name, pybind11::handle value, double most, double& out);
+  // A number in (0, most], finite.
+  bool take_positive(const char* name, pybind11::handle value, double most, double& out);
+  // An integer in [0, most].
+  bool take_unsigned(const char* name, pybind11::handle value, uint64_t most, uint64_t& out);
   // A list of at most most lists, each as take() accepts it.
   bool take_lists(const char* name, pybind11::handle lists, size_t most, std::vector<Views>& out);
   bool same_length(const char* name, size_t length, size_t expected);
@@ -37,6 +41,9 @@ class Gate {
   // The index of the tensors' device; -1 before the first tensor.
   int32_t device_index() const { return device_index_; }
 
+  // Refuses for a reason that the caller found; returns false.
+  bool refuse(const char* name, std::optional<size_t> index, const char* reason);
+
   // None if nothing was refused, else the reason.
   pybind11::object verdict() const;
 
@@ -47,7 +54,6 @@ class Gate {
   std::optional<std::string> refusal_;
   std::vector<pybind11::object> alive_;
 
-  bool refuse(const char* name, std::optional<size_t> index, const char* reason);
   const char* view_of(PyObject* object, Access access, bool accepts_uint8, View& out);
 };
 

@@ -121,6 +121,29 @@ def at_least_zero(name: str, value: object) -> float:
     return _number(name, value, "a number >= 0", "a finite number >= 0", sys.float_info.max)
 
 
+def positive(name: str, value: object, most: float = sys.float_info.max) -> float:
+    """A finite Python number in (0, most]."""
+    accepted = "a finite number > 0" if most == sys.float_info.max else f"in (0, {most:g}]"
+    number = _number(name, value, "a number > 0" if most == sys.float_info.max else f"a number in (0, {most:g}]", accepted, most)
+    if number == 0:
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
+def integer(name: str, value: object, below: int) -> int:
+    """A Python integer (or one of its symbols under torch.compile) in [0, below), a power of two."""
+    accepted = f"an integer in [0, 2^{below.bit_length() - 1})"
+    if isinstance(value, torch.SymInt):
+        number: int = value  # type: ignore[assignment]
+    elif isinstance(value, Tensor) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {accepted}, got {type(value).__name__}")
+    else:
+        number = int(value)
+    if number < 0 or number >= below:
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
 def _number(name: str, value: object, kind: str, accepted: str, most: float) -> float:
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
