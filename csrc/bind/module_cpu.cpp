@@ -6,6 +6,7 @@
 #include "bind/gated_bit_mask.h"
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
+#include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
 #include "bind/gated_quantile.h"
@@ -68,6 +69,11 @@ struct Cpu {
     cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
   }
   void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
+  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
+  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
+  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
+    cpu::transformed_dot(inputs, reference, out, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -106,6 +112,7 @@ PYBIND11_MODULE(_C, m) {
   define_bit_mask<Cpu>(m);
   define_quantile<Cpu>(m);
   m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
+  define_optimizers<Cpu>(m);
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -5,7 +5,9 @@
 
 #include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/optimizers.h"
 #include "core/parallel.h"
+#include "core/transforms.h"
 #include "core/view.h"
 
 namespace fastcl::cpu {
@@ -62,6 +64,12 @@ double quantile(const Views& tensors, double q, const Pool& pool);
 void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts, const Pool& pool);
 // As quantile, by radix_counts alone: what quantile does where a sample misleads it.
 double quantile_by_counts(const Views& tensors, double q, const Pool& pool);
+// One step in one sweep: the gradients through the transforms, then the optimizer. Nothing is written if found_inf is not 0.
+void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool);
+void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
+
+// out: T(g).r, r.r of the transformed gradients, in a fixed order.
+void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
 
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);

@@ -3,6 +3,7 @@
 from fastcl.ops.bit_mask import bit_mask_
 from fastcl.ops.child_mask import child_mask_
 from fastcl.ops.importance import emax_, fisher_add_, spg_importance_
+from fastcl.ops.optimizers import adamw_, sgd_
 from fastcl.ops.projection import GemInfo, ProjectionInfo, gem_project_, grad_dot, gram, project_
 from fastcl.ops.pull import ewc_pull_
 from fastcl.ops.quantile import quantile
@@ -11,6 +12,7 @@ from fastcl.ops.soft_mask import soft_mask_
 __all__ = [
     "GemInfo",
     "ProjectionInfo",
+    "adamw_",
     "bit_mask_",
     "child_mask_",
     "emax_",
@@ -21,6 +23,7 @@ __all__ = [
     "gram",
     "project_",
     "quantile",
+    "sgd_",
     "soft_mask_",
     "spg_importance_",
 ]
