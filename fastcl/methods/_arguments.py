@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,26 +30,6 @@ def whole_below(name: str, value: Any, limit: int) -> int:
     if not 0 <= value < limit:
         raise ValueError(f"{name} must be a whole number from 0 that is below 2**{limit.bit_length() - 1}, got {value}")
     return value
-
-
-def in_the_optimizers_order(model: nn.Module, slots: Sequence[Slot], params: Iterable[Tensor] | None) -> list[int | None]:
-    """For each parameter of an optimizer its place among the slots; None where the method has nothing to do with it.
-
-    Raises:
-        TypeError: ``params`` is no iterable of tensors.
-        ValueError: it lacks the parameter of a slot.
-    """
-    if isinstance(params, Tensor) or (params is not None and not isinstance(params, Iterable)):
-        raise TypeError(f"params must be the optimizer's parameters in their order, got {type(params).__name__}")
-    listed = list(model.parameters()) if params is None else list(params)
-    for index, p in enumerate(listed):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{index}] must be a tensor, got {type(p).__name__}; pass parameters, not groups of them")
-    own = {id(slot.parameter()): k for k, slot in enumerate(slots)}
-    if missing := own.keys() - {id(p) for p in listed}:
-        names = some(slots[k].name for i, k in own.items() if i in missing)
-        raise ValueError(f"params lacks {names}; pass the optimizer's parameters in their order, over all of its groups")
-    return [own.get(id(p)) for p in listed]
 
 
 def tensors_by_name(state: Mapping[str, Any], kind: str, slots: Sequence[Slot]) -> list[Tensor]:

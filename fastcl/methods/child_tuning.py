@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcl import BitMask, apply_gradient_mask_, child_mask_gradients_, top_fraction_mask
 from fastcl.methods import _distributed, _fisher
-from fastcl.methods._arguments import checked_forward, in_the_optimizers_order, tensors_by_name, whole_below
+from fastcl.methods._arguments import checked_forward, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
 from fastcl.methods._model import Slot, check_unchanged, some, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes
@@ -190,31 +190,25 @@ class ChildTuning(Method):
             raise RuntimeError("there is no mask for this task yet: call start_task(loader, loss_fn) before its first step")
         return self._masks
 
-    def transforms(self, params: Iterable[Tensor] | None = None) -> tuple[Any, ...]:
-        """The mask as a transform of an optimizer of :mod:`fastcl.optim`, instead of :meth:`after_backward`.
+    def transforms(self) -> tuple[Any, ...]:
+        """The mask as a transform for an optimizer of :mod:`fastcl.optim` over this model's parameters, instead of :meth:`after_backward`.
 
-        D's belongs to the present task. F's draws are numbered by the optimizer's own steps, and by the positions of its parameters: they
+        D's belongs to the present task. F's draws are numbered by the optimizer's own steps and by the positions of its parameters: they
         are :meth:`after_backward`'s if the optimizer is new and was given ``model.parameters()``. Empty where nothing is masked.
-
-        Args:
-            params: the optimizer's parameters in their order, over all groups; by default ``model.parameters()``.
 
         Raises:
             RuntimeError: D, and :meth:`start_task` has not been called for this task.
-            TypeError: not parameters.
-            ValueError: a parameter that competes is missing.
         """
         if not self._active:
             return ()
-        if self._variant == "D":
-            self._chosen_masks()
-            self._follow()
         from fastcl import optim
 
         if self._variant == "F":
             return (optim.ChildMask(self._keep, self._seed),)
-        masks, places = self._chosen_masks(), in_the_optimizers_order(self._model, self._competing, params)
-        return (optim.FixedMask([None if k is None else masks[k] for k in places]),)
+        self._chosen_masks()
+        self._follow()
+        masks = self._chosen_masks()
+        return (optim.FixedMask({slot.parameter(): mask for slot, mask in zip(self._competing, masks, strict=True)}),)
 
     def end_task(self, loader: Iterable[tuple[Any, Any]] | None = None) -> None:  # noqa: ARG002 (the methods' call)
         """Count the task, and drop D's masks; ``loader`` is not read."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcl import ops
 from fastcl.methods import _distributed, _fisher
-from fastcl.methods._arguments import checked_forward, in_the_optimizers_order, tensors_by_name, whole_below
+from fastcl.methods._arguments import checked_forward, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
 from fastcl.methods._model import FLOATING, check_unchanged, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes, zeros_to_sum_into
@@ -153,25 +153,17 @@ class EWC(Method):
                 raise
             self.after_backward(scaler=scaler)
 
-    def transforms(self, params: Iterable[Tensor] | None = None) -> tuple[Any, ...]:
-        """The pull as a transform of an optimizer of :mod:`fastcl.optim`, instead of :meth:`after_backward`.
+    def transforms(self) -> tuple[Any, ...]:
+        """The pull as a transform for an optimizer of :mod:`fastcl.optim` over this model's parameters, instead of :meth:`after_backward`.
 
-        It follows later tasks by itself: it holds this object's own tensors. Before the first task has ended they are zero.
-
-        Args:
-            params: the optimizer's parameters in their order, over all groups; by default ``model.parameters()``. Those that are not
-                pulled have no part in it.
-
-        Raises:
-            TypeError: not parameters.
-            ValueError: a parameter of the model is missing, and would not be pulled.
+        It holds this object's own tensors, which are zero in the first task, and sees what later tasks add.
         """
         from fastcl import optim
 
-        places = in_the_optimizers_order(self._model, self._slots, params)
         self._follow()
-        absent = torch.zeros(0)
-        precision, anchor = ([absent if k is None else tensors[k] for k in places] for tensors in (self._precision, self._anchor))
+        precision, anchor = (
+            {slot.parameter(): t for slot, t in zip(self._slots, tensors, strict=True)} for tensors in (self._precision, self._anchor)
+        )
         return (optim.Pull(precision, anchor, self._strength),)
 
     def end_task(self, loader: Iterable[tuple[Any, Any]], loss_fn: Loss | None = None) -> None:
