@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastcl import BitMask
+from fastcl import BitMask, optim
 from fastcl.methods import ChildTuning
 from fastcl.reference import child_mask_
 from learners import Heads, batches, grads, loss_fn, make, train, with_head
@@ -345,3 +345,56 @@ def test_masks_follow_new_parameter_objects():
     child.after_backward()
     assert torch.equal(model.layer[0].bias.grad, torch.where(child.masks["layer.0.bias"].to_bool(), before["layer.0.bias"], 0.0))
     assert isinstance(child.masks["layer.0.bias"], BitMask)
+
+
+OPTIMIZERS = {
+    "SGD": lambda model, transforms: optim.SGD(model.parameters(), lr=0.1, momentum=0.9, transforms=transforms),
+    "AdamW": lambda model, transforms: optim.AdamW(model.parameters(), lr=0.01, transforms=transforms),
+    "AdamW, the authors' order": lambda model, transforms: optim.AdamW(
+        model.parameters(), lr=0.01, decay="hf", clip_norm=0.5, transforms=transforms
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_transform_trains_as_after_backward_does(variant, optimizer):
+    def run(fused):
+        model = make(Encoder).eval()
+        torch.manual_seed(1)
+        _, child = build(variant, model, seed=9)
+        clipped = "authors" in optimizer and not fused  # before the mask, as the authors do
+        stepping = OPTIMIZERS[optimizer](model, child.transforms() if fused else ())
+        if clipped:
+            stepping = optim.AdamW(model.parameters(), lr=0.01, decay="hf")
+        for batch in batches(0) * 3:
+            stepping.zero_grad()
+            loss_fn(model(batch[0]), batch[1]).backward()
+            if clipped:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            if not fused:
+                child.after_backward()
+            stepping.step()
+        return weights(model)
+
+    start, apart, fused = weights(make(Encoder)), run(False), run(True)
+    assert not torch.equal(start, apart)
+    if "authors" in optimizer:
+        torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-13)  # torch sums the norm in another order
+    else:
+        assert torch.equal(fused, apart)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_is_no_transform_where_nothing_is_masked(variant):
+    assert ChildTuning(make(Encoder), variant, mask_first_task=False).transforms() == ()
+
+
+def test_ds_transform_leaves_the_rest_as_it_is():
+    model, child = build("D")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    backward(model)
+    optim.SGD(model.parameters(), lr=0.1, transforms=child.transforms()).step()
+    for name, p in model.named_parameters():
+        moved = p.detach() != before[name]
+        assert not (moved & ~child.masks[name].to_bool()).any() if name in COMPETING else moved.any() or p.grad is None

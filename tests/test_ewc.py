@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastcl import optim
 from fastcl.methods import EWC, Naive, _fisher
 from learners import Heads, Net, batches, flat, grads, loss_fn, make, train, trained, with_head
 
@@ -393,3 +394,28 @@ def test_a_gradient_that_the_op_does_not_take():
     model.first.weight.grad = torch.zeros(7, 5, dtype=F64).to_sparse()
     with pytest.raises((TypeError, ValueError), match="grads"):
         ewc.after_backward()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_transform_trains_as_after_backward_does_over_several_tasks(kind):
+    def run(fused):
+        model = make()
+        ewc = EWC(model, strength=3.0)
+        stepping = getattr(optim, kind)(model.parameters(), lr=0.02, transforms=ewc.transforms() if fused else ())
+        for task in range(3):
+            for x, y in batches(task) * 2:
+                stepping.zero_grad()
+                loss_fn(model(x), y).backward()
+                if not fused:
+                    ewc.after_backward()
+                stepping.step()
+            ewc.end_task(batches(task))  # the transform sees it
+            if task == 1:
+                ewc.load_state_dict(ewc.state_dict())  # and a loaded state
+        return theta(model)
+
+    fused = run(True)
+    assert torch.equal(fused, run(False))
+    model = make()
+    train(model, Naive(model), batches(0) * 2, lr=0.02)
+    assert not torch.equal(theta(model), fused)

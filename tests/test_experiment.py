@@ -73,7 +73,10 @@ class TestConfig:
         ("given", "message"),
         [
             ({"stream": "mnist"}, "stream must be one of split-digits, permuted-digits, .*; got 'mnist'"),
-            ({"method": "sgd"}, "method must be one of naive, agem, gem, replay, spg, ewc, ewc-online, child-tuning-f, child-tuning-d, joint; got 'sgd'"),
+            (
+                {"method": "sgd"},
+                "method must be one of naive, agem, gem, replay, spg, ewc, ewc-online, child-tuning-f, child-tuning-d, joint; got 'sgd'",
+            ),
             ({"scenario": "none"}, "scenario must be one of class, task, domain; got 'none'"),
             ({"stream": "permuted-digits", "scenario": "class"}, "scenario of permuted-digits must be one of domain, task; got 'class'"),
             ({"epochs": 0}, "epochs must be a whole number from 1 to 2147483647; got 0"),
