@@ -12,11 +12,16 @@ shares. What is forgotten is told by the masked-LM loss on chapters that were he
     Child-Tuning D    the same, with a child network chosen beforehand       transforms=[fastcl.optim.FixedMask]
 
 The language model is trained once. A seed decides about the classifier's weights, the order of the samples, dropout and F's masks. The
-learning rate and the kept fraction of each method were chosen on seed 100 by the accuracy on the validation files (``--tune`` repeats it);
-seed 100 is not reported, and the test files were not looked at.
+learning rate of each method was chosen among three on seed 100, by the accuracy on the validation files (``--tune`` repeats it); seed 100 is
+not reported, and the test files were not looked at. Both children keep 0.3.
+
+    lr       vanilla   F      D           (accuracy on the validation files in %, seed 100)
+    0.0005   56.1      46.6   53.7
+    0.001    59.9      57.1   62.2
+    0.002    67.0      60.5   62.2
 
 Run it with ``python examples/finetune_bert.py``; ``pip install '.[examples]'`` brings what it needs (transformers 5, tokenizers, and what
-the command line needs). A quarter of an hour on one core; ``--quick`` shows in less than a minute that everything works. The docstrings,
+the command line needs). About seven minutes on one core that has nothing else to do; ``--quick`` shows in less than a minute that everything works. The docstrings,
 and with them the numbers, differ between versions of Python.
 """
 
@@ -92,7 +97,7 @@ class Scale:
 
 
 QUICK = Scale(layers=2, width=32, vocabulary=500, length=32, pretraining_steps=20, per_class=10, epochs=1)
-TUNED = {"vanilla": Setting(1e-3), "Child-Tuning F": Setting(1e-3, 0.3), "Child-Tuning D": Setting(1e-3, 0.3)}
+TUNED = {"vanilla": Setting(2e-3), "Child-Tuning F": Setting(2e-3, 0.3), "Child-Tuning D": Setting(1e-3, 0.3)}
 GRID = {"lr": (5e-4, 1e-3, 2e-3), "keep": (0.3,)}
 
 
