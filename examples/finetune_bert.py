@@ -12,8 +12,8 @@ shares. What is forgotten is told by the masked-LM loss on chapters that were he
     Child-Tuning D    the same, with a child network chosen beforehand       transforms=[fastcl.optim.FixedMask]
 
 The language model is trained once. A seed decides about the classifier's weights, the order of the samples, dropout and F's masks. The
-learning rate of each method was chosen among three on seed 100, by the accuracy on the validation files (``--tune`` repeats it); seed 100 is
-not reported, and the test files were not looked at. Both children keep 0.3.
+learning rate of each method was chosen among three on seed 100, by the accuracy on the validation files (``--tune`` repeats it). Seed 100
+is not reported, and the test files were not looked at. Both children keep 0.3.
 
     lr       vanilla   F      D           (accuracy on the validation files in %, seed 100)
     0.0005   56.1      46.6   53.7
@@ -21,8 +21,8 @@ not reported, and the test files were not looked at. Both children keep 0.3.
     0.002    67.0      60.5   62.2
 
 Run it with ``python examples/finetune_bert.py``; ``pip install '.[examples]'`` brings what it needs (transformers 5, tokenizers, and what
-the command line needs). About seven minutes on one core that has nothing else to do; ``--quick`` shows in less than a minute that everything works. The docstrings,
-and with them the numbers, differ between versions of Python.
+the command line needs). About seven minutes on one core that has nothing else to do; ``--quick`` shows in less than a minute that it all
+works. The docstrings, and with them the numbers, differ between versions of Python.
 """
 
 from __future__ import annotations
