@@ -37,7 +37,7 @@ def quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
 
     Raises:
         TypeError: not a list of dense tensors, a dtype that is not accepted, a q that is no number.
-        ValueError: no element, two devices, a q outside [0, 1].
+        ValueError: no element, two devices, a q outside [0, 1]. Nothing is written in any case.
     """
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("quantile", tensors, tensors, q)
     if result is _dispatch.REFUSED:
