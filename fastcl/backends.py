@@ -26,7 +26,14 @@ NATIVE = {"cpp": "_C", "cuda": "_C_cuda"}
 # One row per op: the family (file stem) that holds it. fastcl.ops registers the rows.
 FAMILIES: dict[str, str] = {}
 # Parts of ops, which lists sharded over processes need one by one.
-STAGES = {"spg_moments": "importance", "spg_update_": "importance", "gem_coefficients": "projection", "combine_": "projection"}
+STAGES = {
+    "spg_moments": "importance",
+    "spg_update_": "importance",
+    "gem_coefficients": "projection",
+    "combine_": "projection",
+    "radix_counts": "quantile",
+    "threshold_bits_": "bit_mask",
+}
 
 
 class BackendUnavailable(RuntimeError):

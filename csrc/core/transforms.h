@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "core/bit_mask.h"
 #include "core/child_mask.h"
 #include "core/pull.h"
 #include "core/view.h"
@@ -49,9 +50,6 @@ struct OptimizerInputs {
   Views bits, ranks;  // compact state: the moments of the elements whose bit is set, and nothing of the others
   Views scale, found_inf, lr;
 };
-
-// Elements between two entries of a bit mask's ranks.
-constexpr int64_t kRankBlock = 2048;
 
 // The number of a step as draws count it, from the counter in a state.
 FASTCL_HD uint32_t draw_step(float step) { return step >= 0 && step < 4294967296.0f ? uint32_t(step) : 0u; }

@@ -60,7 +60,10 @@ def gate_reading(op: str, tensors: Sequence[Any], *args: Any) -> Any:
     name = backends.NATIVE.get(backends.serving(getattr(getattr(tensors[0], "device", None), "type", "cpu")))
     if name is None:
         return REFUSED
-    result = getattr(_native.module(name), op)(*args, torch.is_grad_enabled())
+    function = getattr(_native.module(name), op, None)
+    if function is None:  # of an op that has stages alone there
+        return REFUSED
+    result = function(*args, torch.is_grad_enabled())
     return REFUSED if isinstance(result, str) else result
 
 
