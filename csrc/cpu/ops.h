@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/child_mask.h"
 #include "core/importance.h"
 #include "core/optimizers.h"
 #include "core/parallel.h"
@@ -22,6 +23,19 @@ double spg_importance_(const Views& accumulated, const std::vector<Views>& grads
 // tensor's. A row of a tensor without elements is zero.
 void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Pool& pool);
 double spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, const Pool& pool);
+
+// fisher += weight (c g)^2; c is 1, or clips each tensor to max_norm.
+void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm, const Pool& pool);
+
+// Its parts, for tensors that are shards: sum g^2 of each tensor, in a fixed order; and the update with each tensor's coefficient.
+void fisher_squares(const Views& grads, double* squares, const Pool& pool);
+void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients, const Pool& pool);
+
+// One place for each gradient.
+void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places, const Pool& pool);
+
+// grads += 2 strength precision (params - anchor)
+void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength, const Pool& pool);
 
 // Dot product over all tensors, in a fixed order.
 double grad_dot(const Views& a, const Views& b, const Pool& pool);

@@ -1,5 +1,6 @@
 #include "cpu/optimizers.h"
 
+#include <atomic>
 #include <type_traits>
 
 #include "core/dtypes.h"
@@ -12,13 +13,19 @@ using Run = GradientSweep::Run;
 
 template <class P, class C, bool hf>
 FASTCL_CLONES void adamw_loop(P* __restrict p, C* __restrict m, C* __restrict v, const C* __restrict x, int64_t stride, int64_t n,
-                              const AdamW<C>& rule) {
+                              const AdamW<C>& rule, const Ahead& ahead) {
   const AdamW<C> r = rule;  // so that no store can reach it
-  if (stride == 1)
-    for (int64_t e = 0; e < n; ++e) p[e] = store<P>(r.template updated<hf>(load<C>(p[e]), x[e], m[e], v[e]));
-  else
+  if (stride == 1) {
+    int64_t e = 0;
+    for (; e + Ahead::kGroup <= n; e += Ahead::kGroup) {
+      ahead.group(e);
+      for (int64_t l = e; l < e + Ahead::kGroup; ++l) p[l] = store<P>(r.template updated<hf>(load<C>(p[l]), x[l], m[l], v[l]));
+    }
+    for (; e < n; ++e) p[e] = store<P>(r.template updated<hf>(load<C>(p[e]), x[e], m[e], v[e]));
+  } else {
     for (int64_t e = 0; e < n; ++e)
       p[e * stride] = store<P>(r.template updated<hf>(load<C>(p[e * stride]), x[e], m[e * stride], v[e * stride]));
+  }
 }
 
 template <class P, class C, bool with_momentum>
@@ -107,6 +114,27 @@ int64_t state_before(const OptimizerInputs& inputs, size_t tensor, int64_t eleme
   return ranks[block] + count_bits(reinterpret_cast<const uint8_t*>(inputs.bits[tensor].data), block * kRankBlock, element);
 }
 
+// Ranks and the sizes of the state decide where is written: they have to be those of the bits.
+void check_ranks(const OptimizerInputs& inputs, const Pool& pool) {
+  for (size_t i = 0; i < inputs.bits.size(); ++i) {
+    const int64_t n = inputs.params[i].elements, blocks = inputs.ranks[i].elements;
+    if (inputs.bits[i].elements == 0) continue;
+    const auto* bits = reinterpret_cast<const uint8_t*>(inputs.bits[i].data);
+    const auto* ranks = reinterpret_cast<const int64_t*>(inputs.ranks[i].data);
+    std::atomic<bool> right{ranks[0] == 0};
+    pool.each(blocks, 1024, [&](int64_t begin, int64_t end) {
+      bool fits = true;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t next = ranks[b] + count_bits(bits, b * kRankBlock, std::min(n, (b + 1) * kRankBlock));
+        fits = fits && next == (b + 1 < blocks ? ranks[b + 1] : inputs.first[i].elements);
+      }
+      if (!fits) right = false;
+    });
+    if (!right) throw Refusal("ranks", i, "are not those of the bits");
+    if (inputs.first[i].elements != inputs.second[i].elements) throw Refusal("exp_avg_sqs", i, "has another length than exp_avgs");
+  }
+}
+
 template <class C>
 C* state(const Views& list, size_t tensor) {
   return reinterpret_cast<C*>(list[tensor].data);
@@ -115,15 +143,17 @@ C* state(const Views& list, size_t tensor) {
 }  // namespace
 
 template <class P, class C>
-void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf) {
-  (hf ? adamw_loop<P, C, true> : adamw_loop<P, C, false>)(param, m, v, x, stride, n, rule);
+void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf,
+                 const Ahead& ahead) {
+  (hf ? adamw_loop<P, C, true> : adamw_loop<P, C, false>)(param, m, v, x, stride, n, rule, ahead);
 }
-template void adamw_dense(double*, double*, double*, const double*, int64_t, int64_t, const AdamW<double>&, bool);
-template void adamw_dense(float*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
-template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
-template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
+template void adamw_dense(double*, double*, double*, const double*, int64_t, int64_t, const AdamW<double>&, bool, const Ahead&);
+template void adamw_dense(float*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
+template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
+template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
 
 void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool) {
+  check_ranks(inputs, pool);
   if (skipped(inputs)) return;
   const GradientSweep sweep(inputs, nullptr);
   const Scalars scalars(inputs, rule);
@@ -146,7 +176,8 @@ void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& po
           at += adamw_compact(p, state<C>(inputs.first, tensor) + at, state<C>(inputs.second, tensor) + at, x, child, own, rule.hf);
         } else {
           adamw_dense(p, reinterpret_cast<C*>(run.at(GradientSweep::kFirst, done)),
-                      reinterpret_cast<C*>(run.at(GradientSweep::kSecond, done)), x, run.stride(GradientSweep::kParam), n, own, rule.hf);
+                      reinterpret_cast<C*>(run.at(GradientSweep::kSecond, done)), x, run.stride(GradientSweep::kParam), n, own, rule.hf,
+                      Ahead(run, sweep.slots(), done + n));
         }
       });
     });

@@ -17,7 +17,12 @@ namespace {
 constexpr int64_t kBlock = GradientSweep::kBlock;
 
 // The bits of the elements [index, index + count), count at most 64; the first is the lowest.
-uint64_t bits_at(const uint8_t* bits, int64_t index, int64_t count) {
+FASTCL_HD uint64_t bits_at(const uint8_t* bits, int64_t index, int64_t count) {
+  if (index % 8 == 0 && count == 64) {
+    uint64_t word;
+    memcpy(&word, bits + (index >> 3), 8);
+    return word;
+  }
   const int64_t first = index >> 3, bytes = ((index + count + 7) >> 3) - first;
   const int shift = int(index & 7);
   uint64_t word = 0;
@@ -50,7 +55,7 @@ int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, con
     packed[count] = param[e];
     gradient[count++] = x[e];
   });
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
+  adamw_dense(packed, m, v, gradient, 1, count, rule, hf, Ahead());
   (hf ? decay_loop<P, C, true> : decay_loop<P, C, false>)(param, block.n, rule);
   int64_t at = 0;
   each_child(block, [&](int64_t e) { param[e] = packed[at++]; });
@@ -64,36 +69,43 @@ int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, con
 // 16 floats at a time are packed and put back within registers; a packed store to memory is slow on some processors.
 FASTCL_V4 int64_t pack(const float* p, const float* x, const CompactBlock& block, float* packed, float* gradient) {
   int64_t count = 0;
-  for (int64_t e = 0; e < block.n; e += 16) {
-    const auto here = __mmask16(block.n - e < 16 ? (1u << (block.n - e)) - 1 : 0xffffu);
-    const auto child = __mmask16(bits_at(block.bits, block.index + e, std::min<int64_t>(16, block.n - e)));
-    _mm512_storeu_ps(packed + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(here, p + e)));
-    _mm512_storeu_ps(gradient + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(here, x + e)));
-    count += __builtin_popcount(child);
+  for (int64_t e = 0; e < block.n; e += 64) {
+    uint64_t word = bits_at(block.bits, block.index + e, std::min<int64_t>(64, block.n - e));
+    for (int64_t l = e; word != 0; l += 16, word >>= 16) {
+      const auto child = __mmask16(word);  // no bit is set beyond the end
+      _mm512_storeu_ps(packed + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(child, p + l)));
+      _mm512_storeu_ps(gradient + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(child, x + l)));
+      count += __builtin_popcount(child);
+    }
   }
   return count;
 }
 
-template <bool hf>
+template <bool hf, bool decays>
 FASTCL_V4 void unpack(float* p, const CompactBlock& block, const float* packed, const AdamW<float>& rule) {
   const __m512 decay = _mm512_set1_ps(rule.decay);
-  const bool decays = hf ? rule.decay != 0 : rule.decay != 1;
   int64_t count = 0;
-  for (int64_t e = 0; e < block.n; e += 16) {
-    const auto here = __mmask16(block.n - e < 16 ? (1u << (block.n - e)) - 1 : 0xffffu);
-    const auto child = __mmask16(bits_at(block.bits, block.index + e, std::min<int64_t>(16, block.n - e)));
-    __m512 value = _mm512_maskz_loadu_ps(here, p + e);
-    if (decays) value = hf ? _mm512_fmadd_ps(decay, value, value) : _mm512_mul_ps(value, decay);
-    _mm512_mask_storeu_ps(p + e, here, _mm512_mask_expand_ps(value, child, _mm512_loadu_ps(packed + count)));
-    count += __builtin_popcount(child);
+  for (int64_t e = 0; e < block.n; e += 64) {
+    uint64_t word = bits_at(block.bits, block.index + e, std::min<int64_t>(64, block.n - e));
+    for (int64_t l = e; l < std::min(e + 64, block.n); l += 16, word >>= 16) {
+      const auto here = __mmask16(block.n - l < 16 ? (1u << (block.n - l)) - 1 : 0xffffu);
+      const auto child = __mmask16(word);
+      __m512 value = _mm512_maskz_loadu_ps(here, p + l);
+      if (decays) value = hf ? _mm512_fmadd_ps(decay, value, value) : _mm512_mul_ps(value, decay);
+      _mm512_mask_storeu_ps(p + l, here, _mm512_mask_expand_ps(value, child, _mm512_loadu_ps(packed + count)));
+      count += __builtin_popcount(child);
+    }
   }
 }
 
 int64_t by_registers(float* param, float* m, float* v, const float* x, const CompactBlock& block, const AdamW<float>& rule, bool hf) {
   alignas(64) float packed[kBlock + 16], gradient[kBlock + 16];
   const int64_t count = pack(param, x, block, packed, gradient);
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
-  (hf ? unpack<true> : unpack<false>)(param, block, packed, rule);
+  adamw_dense(packed, m, v, gradient, 1, count, rule, hf, Ahead());
+  if (hf)
+    (rule.decay != 0 ? unpack<true, true> : unpack<true, false>)(param, block, packed, rule);
+  else
+    (rule.decay != 1 ? unpack<false, true> : unpack<false, false>)(param, block, packed, rule);
   return count;
 }
 
