@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bind/torch_runtime.h"
+#include "core/bit_mask.h"
 
 namespace py = pybind11;
 
@@ -167,6 +168,38 @@ bool Gate::take_lists(const char* name, py::handle lists, size_t most, std::vect
   out.resize(n);
   for (size_t k = 0; k < n; ++k)
     if (!take(name, PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(k)), Access::reads, false, out[k])) return false;
+  return true;
+}
+
+bool Gate::take_int64(const char* name, py::handle tensor, int64_t elements, const int64_t*& out) {
+  if (refusal_) return false;
+  const TorchRuntime& torch = torch_runtime();
+  if (Py_TYPE(tensor.ptr()) != torch.tensor) return refuse(name, std::nullopt, "is not an exact torch.Tensor");
+  dlpack::Tensor t;
+  if (torch.api->tensor_from_object(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return refuse(name, std::nullopt, "has no plain memory");
+  }
+  constexpr uint8_t kInt = 0;
+  char* data = static_cast<char*>(t.data) + t.byte_offset;
+  // The dtype of the view is of no use here; its shape and strides are.
+  const View view{data, t.shape, t.strides, t.ndim, DType::f64, device_of(t.device), t.device.index};
+  if (view.device != device_ || (device_index_ >= 0 && view.device_index != device_index_))
+    return refuse(name, std::nullopt, "is on another device");
+  if (t.dtype.code != kInt || t.dtype.bits != 64 || t.dtype.lanes != 1 || view.numel() != elements || !view.contiguous)
+    return refuse(name, std::nullopt, "is not contiguous int64 of the expected length");
+  if ((reinterpret_cast<uintptr_t>(data) & 7) != 0) return refuse(name, std::nullopt, "is not aligned to its elements");
+  if (elements > 0 && has_no_memory(tensor.ptr(), data)) return refuse(name, std::nullopt, "has no memory behind it");
+  out = reinterpret_cast<const int64_t*>(data);
+  alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  return true;
+}
+
+bool Gate::bits_of(const char* name, const Views& bits, const Views& tensors) {
+  if (refusal_ || !same_length(name, bits.size(), tensors.size())) return false;
+  for (size_t i = 0; i < bits.size(); ++i)
+    if (bits[i].dtype != DType::u8 || bits[i].ndim != 1 || !bits[i].contiguous || bits[i].numel() != bit_bytes(tensors[i].numel()))
+      return refuse(name, i, "is no contiguous uint8 with a bit for each element");
   return true;
 }
 

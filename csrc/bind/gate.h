@@ -35,6 +35,10 @@ class Gate {
   bool take_unsigned(const char* name, pybind11::handle value, uint64_t most, uint64_t& out);
   // A list of at most most lists, each as take() accepts it.
   bool take_lists(const char* name, pybind11::handle lists, size_t most, std::vector<Views>& out);
+  // One contiguous tensor of int64 with this many elements; out points to its memory.
+  bool take_int64(const char* name, pybind11::handle tensor, int64_t elements, const int64_t*& out);
+  // One tensor of bits per view: uint8, contiguous, [ceil(n / 8)].
+  bool bits_of(const char* name, const Views& bits, const Views& tensors);
   bool same_length(const char* name, size_t length, size_t expected);
   bool broadcast(const char* name, const Views& read, const Views& written);
   bool same_shapes(const char* name, const Views& views, const Views& others);

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/gated.h"
+#include "bind/gated_bit_mask.h"
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
 #include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
+#include "bind/gated_quantile.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
@@ -64,6 +66,14 @@ struct Cpu {
   void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
     cpu::transformed_dot(inputs, reference, out, pool);
   }
+  void bit_mask_(const Views& grads, const Views& bits) { cpu::bit_mask_(grads, bits, pool); }
+  void threshold_bits_(const Views& bits, const Views& tensors, const double* threshold) {
+    cpu::threshold_bits_(bits, tensors, *threshold, pool);
+  }
+  void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts) {
+    cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
+  }
+  void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -100,6 +110,9 @@ PYBIND11_MODULE(_C, m) {
   define_fisher<Cpu>(m);
   define_pull<Cpu>(m);
   define_optimizers<Cpu>(m);
+  define_bit_mask<Cpu>(m);
+  define_quantile<Cpu>(m);
+  m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -60,6 +60,18 @@ void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
 // out: T(g).r, r.r of the transformed gradients, in a fixed order.
 void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
 
+// grads = bit ? grads : +0. Bits: uint8, a bit per element in the tensor's row-major order.
+void bit_mask_(const Views& grads, const Views& bits, const Pool& pool);
+// bit = value >= threshold in double.
+void threshold_bits_(const Views& bits, const Views& tensors, double threshold, const Pool& pool);
+
+// The quantile of all elements, of which there is at least one; NaN if one is NaN.
+double quantile(const Views& tensors, double q, const Pool& pool);
+// counts: [2, kRadixColumns], see core/quantile.h; wide: keys of doubles.
+void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts, const Pool& pool);
+// As quantile, by radix_counts alone: what quantile does where a sample misleads it.
+double quantile_by_counts(const Views& tensors, double q, const Pool& pool);
+
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);
 uint64_t yardstick_read(const Views& read, const Pool& pool);
