@@ -65,7 +65,8 @@ struct Site {
   // In the index of an operand without elements: where it counts from, and how far.
   FASTCL_HD int64_t origin(int operand) const { return p.words[entry + kAddress + operand]; }
 
-  template <class D>
+  // Floating elements, or with stored also importance in uint8.
+  template <bool stored = false, class D>
   FASTCL_HD void read(int operand, int64_t offset, D (&out)[V]) const {
     const DType t = dtype(operand);
     const bool stands = still(operand);
@@ -75,15 +76,15 @@ struct Site {
       read_as(address<const BFloat16>(operand, offset), stands, out);
     } else if (t == DType::f16) {
       read_as(address<const Float16>(operand, offset), stands, out);
-    } else if (t == DType::u8) {
+    } else if (stored && t == DType::u8) {
       read_as(address<const uint8_t>(operand, offset), stands, out);
     } else {
       read_as(address<const double>(operand, offset), stands, out);
     }
   }
-  template <class D>
+  template <bool stored = false, class D>
   FASTCL_HD void read(int operand, D (&out)[V]) const {
-    read(operand, at(operand), out);
+    read<stored>(operand, at(operand), out);
   }
 
   template <class D>

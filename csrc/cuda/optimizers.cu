@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
 }
 
 template <class C, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<C>) adamw_kernel(const __grid_constant__ P packet, const __grid_constant__ Sweep sweep) {
+__global__ void __launch_bounds__(kThreads, kBlocks<C>)
+    adamw_kernel(const __grid_constant__ P packet, const __grid_constant__ Sweep sweep) {
   if (sweep.skipped()) return;
   adamw_thread<C>(packet, Chunk::find(packet, blockIdx.x, kRunChunk), int(threadIdx.x), sweep);
 }

@@ -11,7 +11,8 @@ namespace fastcl::cuda {
 
 constexpr int kMostTransforms = 8;
 enum { kParam, kGrad, kFirst, kSecond };  // operands; those of transforms follow, and what is dotted with is last
-// Compact state lies in an order of its own: its addresses alone are operands, and behind them are those of the bits and ranks.
+// Compact state lies in an order of its own: its addresses alone are operands, and behind them are those of the bits, whose note is the
+// state's length, and of the ranks.
 enum { kBits = 4, kRanks };
 constexpr int64_t kAbsent = -1;  // the note of an operand that leaves its tensor out
 
@@ -115,7 +116,7 @@ struct Transforms {
     if (own.kind == TransformKind::soft_mask) {
       const Softened<C> op{C(own.number)};
       C importance[V];
-      site.read(own.operand, importance);
+      site.template read<true>(own.operand, importance);
       FASTCL_UNROLL
       for (int k = 0; k < V; ++k) x[k] = op(x[k], importance[k]);
     } else if (own.kind == TransformKind::child_mask) {
@@ -212,6 +213,7 @@ FASTCL_HD void adamw_compact_thread(const P& p, const Chunk& c, int thread, cons
   const bool hf = scalars.hf;
   const auto transforms = Transforms<C>::make(sweep, item);
   const auto* ranks = p.template address<const int64_t>(c.entry, kRanks);
+  const int64_t length = p.note(c.entry, kBits);  // ranks of another mask must not lead out of the state
   each_run<kRun<C>>(p, c, thread, [&](const auto& site) {
     constexpr int V = std::decay_t<decltype(site)>::width;
     const int local = int(site.first - c.begin), shift = local % 32;
@@ -226,7 +228,7 @@ FASTCL_HD void adamw_compact_thread(const P& p, const Chunk& c, int thread, cons
     }
     FASTCL_UNROLL
     for (int k = 0; k < V; ++k) {
-      if ((child >> k & 1) == 0) {
+      if ((child >> k & 1) == 0 || at < 0 || at >= length) {
         theta[k] = hf ? rule.template decayed<true>(theta[k]) : rule.template decayed<false>(theta[k]);
         continue;
       }

@@ -24,11 +24,11 @@ class EntryOperands {
     notes.push_back(present ? operand_note(view.dtype, item) : kAbsent);
   }
   // What lies in another order, of which an address is all that is known.
-  void add_address(const void* data, DType dtype) {
+  void add_address(const void* data, int64_t note = 0) {
     addresses_.emplace_back(static_cast<char*>(const_cast<void*>(data)), param_.shape, param_.strides, param_.ndim, DType::other,
                             param_.device, param_.device_index);
     views.push_back(&addresses_.back());
-    notes.push_back(operand_note(dtype));
+    notes.push_back(note);
   }
   void add_index(const void* origin, const int64_t* strides, int64_t note) {
     indices_.emplace_back(param_, origin, strides);
@@ -63,7 +63,8 @@ inline int operands_of(const OptimizerInputs& inputs) {
 
 // The transforms' operands start behind the first ones.
 inline Program program_of(const OptimizerInputs& inputs, int first) {
-  if (inputs.transforms.size() > size_t(kMostTransforms)) throw Refusal("transforms", size_t(kMostTransforms), "is more than the CUDA kernels take");
+  if (inputs.transforms.size() > size_t(kMostTransforms))
+    throw Refusal("transforms", size_t(kMostTransforms), "is more than the CUDA kernels take");
   Program out{};
   for (const Transform& t : inputs.transforms) {
     const bool draws = t.kind == TransformKind::child_mask, projects = t.kind == TransformKind::project;
@@ -90,10 +91,10 @@ struct SweepPlan {
       operands.add(param, int64_t(i));
       operands.add(inputs.grads[i]);
       if (compact) {
-        operands.add_address(inputs.first[i].data, inputs.first[i].dtype);
-        operands.add_address(inputs.second[i].data, inputs.second[i].dtype);
-        operands.add_address(inputs.bits[i].data, DType::u8);
-        operands.add_address(inputs.ranks[i].data, DType::other);
+        operands.add_address(inputs.first[i].data);
+        operands.add_address(inputs.second[i].data);
+        operands.add_address(inputs.bits[i].data, std::min(inputs.first[i].numel(), inputs.second[i].numel()));
+        operands.add_address(inputs.ranks[i].data);
       } else {
         if (!inputs.first.empty()) operands.add(inputs.first[i]);
         if (!inputs.second.empty()) operands.add(inputs.second[i]);

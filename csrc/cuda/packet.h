@@ -18,7 +18,8 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;  // of one launch
 // first, its size and the stride of every operand. Forms:
 //   dense   all operands contiguous (or of one dense layout), aligned for vectors; kOne: the second operand is a single value (no notes)
 //   walked  everything else; kVectors: runs of V elements are contiguous and aligned in every operand that moves along them
-// An operand of dtype `other` has no elements of its own: its strides tell an index that goes along, its address where that one counts from.
+// An operand of dtype `other` has no elements of its own: its strides tell an index that goes along, its address where that one counts
+// from.
 constexpr int64_t kDimsMask = 0xff, kVectors = 0x100, kOne = 0x200;
 constexpr int kNumel = 0, kForm = 1, kAddress = 2;
 

@@ -254,7 +254,8 @@ template <class Key, class P>
 void compare_levels(const std::vector<DType>& dtypes) {
   Read tensors;
   size_t i = 0;
-  for (const LayoutCase& c : equal_shapes()) tensors.add(make(dtypes[i++ % dtypes.size()], c.read_shape, c.read_strides, c.read_offset, true));
+  for (const LayoutCase& c : equal_shapes())
+    tensors.add(make(dtypes[i++ % dtypes.size()], c.read_shape, c.read_strides, c.read_offset, true));
   const std::vector<double> targets{0.0, 0.25, -1.5, 0.4375, INFINITY};
   for (size_t a = 0; a < targets.size(); ++a)
     for (size_t b : {a, (a + 1) % targets.size()})

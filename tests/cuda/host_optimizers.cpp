@@ -23,14 +23,14 @@ struct World {
     tensors.push_back(std::move(tensor));
     return tensors.back().view(tensors.back().memory);
   }
-  void write(Tensor tensor, Views OptimizerInputs::*list, const char* name) {
+  void write(Tensor tensor, Views OptimizerInputs::* list, const char* name) {
     (ours.*list).push_back(read(std::move(tensor)));
     written.push_back(tensors.size() - 1);
     copies.push_back(tensors.back().memory);
     names.emplace_back(name);
     (theirs.*list).push_back(tensors.back().view(copies.back()));
   }
-  void both(Views OptimizerInputs::*list, const View& view) {
+  void both(Views OptimizerInputs::* list, const View& view) {
     (ours.*list).push_back(view);
     (theirs.*list).push_back(view);
   }
@@ -42,9 +42,7 @@ struct World {
       *reinterpret_cast<float*>(t.memory.data()) = float(value);
     return read(std::move(t));
   }
-  View mask(int64_t elements) {
-    return read({{bit_bytes(elements)}, {1}, DType::u8, 0, random_mask(elements)});
-  }
+  View mask(int64_t elements) { return read({{bit_bytes(elements)}, {1}, DType::u8, 0, random_mask(elements)}); }
   View none(DType dtype) { return read(make(dtype, {0}, {1}, 0, false)); }
   void compare() const {
     for (size_t w = 0; w < written.size(); ++w)
@@ -291,8 +289,7 @@ void sgd() {
       World world;
       fill(world, config, equal_shapes());
       add_scalars(world, ++n);
-      const SGDRule rule{0.1, config.states > 0 ? 0.9 : 0, n % 4 == 0 ? 0.2 : 0, n % 5 == 0 ? 0 : 0.05,
-                         n % 2 == 0, n % 7 == 0, n % 5 == 1};
+      const SGDRule rule{0.1, config.states > 0 ? 0.9 : 0, n % 4 == 0 ? 0.2 : 0, n % 5 == 0 ? 0 : 0.05, n % 2 == 0, n % 7 == 0, n % 5 == 1};
       cpu::sgd_(world.theirs, rule, kSerial);
       if (n % 2 == 0)
         run_sgd<SmallSweep>(world.ours, rule);
