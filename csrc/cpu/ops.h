@@ -59,7 +59,6 @@ void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
 
 // out: T(g).r, r.r of the transformed gradients, in a fixed order.
 void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
-
 // grads = bit ? grads : +0. Bits: uint8, a bit per element in the tensor's row-major order.
 void bit_mask_(const Views& grads, const Views& bits, const Pool& pool);
 // bit = value >= threshold in double.

@@ -38,7 +38,7 @@ class EntryOperands {
   void add_transforms(const OptimizerInputs& inputs, size_t i) {
     for (const Transform& t : inputs.transforms) {
       if (t.kind == TransformKind::child_mask) {
-        const auto place = inputs.places.of(i);
+        const Place place = inputs.places.empty() ? Place{int64_t(i), 0, nullptr} : inputs.places[i];
         add_index(counted_from(place.offset), place.strides, place.tensor);
       } else if (t.kind == TransformKind::fixed_mask) {
         add_index(t.operand[i].data, nullptr, t.operand[i].numel() > 0 ? 0 : kAbsent);

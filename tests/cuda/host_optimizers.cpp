@@ -15,6 +15,7 @@ using TinySweep = Packet<2, 400>;
 struct World {
   std::deque<Tensor> tensors;
   std::deque<std::vector<uint64_t>> copies;
+  std::deque<std::vector<int64_t>> strides;  // of places
   std::vector<std::string> names;
   std::vector<size_t> written;  // numbers of tensors
   OptimizerInputs ours, theirs;
@@ -144,15 +145,11 @@ void fill(World& world, const Config& config, const std::vector<LayoutCase>& cas
       world.write(std::move(step), &OptimizerInputs::steps, "step");
     }
     if (config.whole) continue;
-    for (OptimizerInputs* inputs : {&world.ours, &world.theirs}) {
-      Places& places = inputs->places;
-      places.starts.push_back(places.numbers.size());
-      std::vector<int64_t> strides = contiguous_strides(world.ours.params[i]);
-      for (int64_t& stride : strides) stride *= i % 3 == 0 ? 3 : 1;
-      if (i % 3 == 1 && !strides.empty()) strides[0] += 5;
-      places.numbers.insert(places.numbers.end(), {int64_t(i) * 70001, int64_t(i) * 12345});
-      places.numbers.insert(places.numbers.end(), strides.begin(), strides.end());
-    }
+    std::vector<int64_t>& strides = world.strides.emplace_back(contiguous_strides(world.ours.params[i]));
+    for (int64_t& stride : strides) stride *= i % 3 == 0 ? 3 : 1;
+    if (i % 3 == 1 && !strides.empty()) strides[0] += 5;
+    for (OptimizerInputs* inputs : {&world.ours, &world.theirs})
+      inputs->places.push_back({int64_t(i) * 70001, int64_t(i) * 12345, i % 5 == 0 ? nullptr : strides.data()});
   }
 }
 
