@@ -25,8 +25,13 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
 }
 ORDER = ("official", "eager", "foreach", "compile", "fastcl", "yardstick")
 LARGEST = "gpt2-small"
-LONG = {("spg_importance_", "fp32+uint8"), ("project_, not violated", "bf16")}  # a minute for one line
+LONG = {("spg_importance_", "fp32+uint8"), ("project_, not violated", "bf16"), ("quantile", "bf16")}  # a minute for one line
 TOO_LARGE = {("gem_project_", "gpt2-small")}  # ten memories of it, and copies of them as doubles: 20 GB
+UNTRACED = {
+    "gem_project_": "it waits for the device in the middle, to solve the quadratic programme",
+    "quantile": "it is calls of kthvalue, which nothing fuses with",
+    "bit_mask_": "its masks are unpacked in the first call and kept",
+}
 COMPILED = {("soft_mask_", "fp32"), ("project_", "fp32")}  # worth minutes: torch.compile is the peer to beat
 MANY = 1000  # tensors: torch.compile unrolls a list, so its compile time grows with every one
 FEW = 200  # tensors
@@ -131,7 +136,7 @@ class Workload:
         if name == "foreach" and name not in case.providers:
             return "torch has no _foreach function for it"
         if name == "compile" and not case.traces:
-            return "it waits for the device in the middle, to solve the quadratic programme"
+            return UNTRACED[self.cell.op]
         if name == "compile" and tensors >= MANY:
             return f"torch.compile unrolls the list: {tensors:,} tensors take too long to compile"
         if name == "compile" and tensors > FEW and not self.everything and (self.cell.op, self.cell.dtype) not in COMPILED:

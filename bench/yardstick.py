@@ -38,7 +38,7 @@ def traffic(case: OpCase, elements: int, dtype: torch.dtype, stored: torch.dtype
     """The fewest bytes of one call."""
     sizes = dtype.itemsize, stored.itemsize
     read = case.read_first(*sizes) * elements
-    return Traffic(read, case.bytes_per_element(*sizes) * elements - read)
+    return Traffic(read, int(case.bytes_per_element(*sizes) * elements) - read)
 
 
 def _words(size: int, device: str) -> Tensor:

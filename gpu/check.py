@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OPS = [f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "quantile", "bit_mask")]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5"]
 
 
@@ -70,13 +71,13 @@ def stages() -> list[Stage]:
         Stage("gpu tests", [*PYTEST, "tests/gpu"], 240),
         Stage(
             "ops on cuda",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
+            [*PYTEST, "-m", "not slow", *OPS],
             240,
             {"FASTCL_BACKEND": "cuda"},
         ),
         Stage(
             "ops on triton",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
+            [*PYTEST, "-m", "not slow", *OPS],
             240,
             {"FASTCL_BACKEND": "triton"},
         ),

@@ -95,6 +95,8 @@ CALLS = {
     "grad_dot": lambda: ops.grad_dot([torch.ones(3)], [torch.ones(3)]),
     "gram": lambda: ops.gram([[torch.ones(3)]]),
     "project_": lambda: ops.project_([torch.ones(3)], [torch.ones(3)]),
+    "quantile": lambda: ops.quantile([torch.ones(3)], 0.5),
+    "bit_mask_": lambda: ops.bit_mask_([torch.ones(3)], [torch.ones(1, dtype=torch.uint8)]),
     "gem_project_": lambda: ops.gem_project_([torch.ones(3)], [[torch.ones(3)]]),
 }
 

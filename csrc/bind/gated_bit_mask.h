@@ -23,7 +23,7 @@ struct GatedBitMask {
   static Object threshold_bits_(const Object& bits, const Object& tensors, const Object& threshold, bool grad_mode) {
     Gate gate(Backend::kind, grad_mode);
     Views b, t, one;
-    if (!(gate.take("bits", bits, Access::writes, true, b) && gate.take("tensors", tensors, Access::reads, true, t) &&
+    if (!(gate.take("bits", bits, Access::writes, true, b) && gate.take("tensors", tensors, Access::reads, false, t) &&
           gate.take("threshold", pybind11::make_tuple(threshold), Access::reads, false, one) && gate.bits_of("bits", b, t) &&
           gate.apart(b, {&t, &one}, false)))
       return gate.verdict();

@@ -17,7 +17,7 @@ FASTCL_HD T selected(T value, bool kept) {
   return kept ? value : T{};
 }
 
-// Compared in double, in which every stored value is exact; false where either is NaN. uint8 is importance, in steps of 1/255.
+// Compared in double, in which every stored value is exact; false where either is NaN.
 template <class T>
 FASTCL_HD bool reaches(T value, double threshold) {
   return load<double>(value) >= threshold;

@@ -88,7 +88,7 @@ void bit_mask_(const Views& grads, const Views& bits, const Pool& pool) {
 
 void threshold_bits_(const Views& bits, const Views& tensors, double threshold, const Pool& pool) {
   BitSweep(tensors, bits).run(pool, [&](DType dtype, const char* data, int64_t stride, uint8_t* own, int64_t e, int64_t n) {
-    with_stored(dtype, [&](auto t) { threshold_run<typename decltype(t)::type>(data, stride, own, e, n, threshold); });
+    with_floating(dtype, [&](auto t) { threshold_run<typename decltype(t)::type>(data, stride, own, e, n, threshold); });
   });
 }
 

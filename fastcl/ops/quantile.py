@@ -43,7 +43,8 @@ def quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
     if result is _dispatch.REFUSED:
         _checks.listed("tensors", tensors)
         q = _checks.unit_interval("q", q)
-        result = _of_shards(tensors, q) if _sharded.is_sharded(tensors) else torch.ops.fastcl.quantile(tensors, q)
+        with torch.no_grad():
+            result = _of_shards(tensors, q) if _sharded.is_sharded(tensors) else torch.ops.fastcl.quantile(tensors, q)
     value: Tensor = result
     return value
 

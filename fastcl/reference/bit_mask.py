@@ -27,17 +27,17 @@ def threshold_bits_(bits: Sequence[Tensor], tensors: Sequence[Tensor], threshold
 
 def pack(mask: Tensor) -> Tensor:
     """The bits of a bool tensor: uint8, [ceil(n / 8)]."""
-    n = mask.numel()
-    padded = torch.nn.functional.pad(mask.reshape(-1).view(torch.uint8), (0, -n % 8))
+    flat = mask.reshape(-1).view(torch.uint8)
+    if flat.numel() % 8 or flat.storage_offset() % 8:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     # Eight bytes of 0 or 1 as one word: the product gathers their lowest bits in its topmost byte.
-    words = padded.clone().view(torch.int64) if padded.storage_offset() % 8 else padded.view(torch.int64)
-    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
+    return (flat.view(torch.int64) * 0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
     """The first ``count`` bits as a bool tensor, [count]."""
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (bits[:, None] & places).view(-1)[:count] != 0
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, None] >> places).bitwise_and_(1).view(torch.bool).view(-1)[:count]
 
 
 def set_bits(bits: Tensor, block: int) -> Tensor:

@@ -28,14 +28,15 @@ class OpCase:
     make: Callable[..., Args]
     providers: Mapping[str, Callable[..., Any]]
     # Fewest bytes that one element costs, from the bytes of the gradient's (or new importance's) and of the other list's dtype.
-    bytes_per_element: Callable[[int, int], int]
+    bytes_per_element: Callable[[int, int], float]
     bitwise: bool  # every implementation equals the reference bit for bit
     # Those of them that are read before the first write. The rest is a sweep that reads two streams and writes one; without any, nothing is
     # written.
     read_first: Callable[[int, int], int] = lambda gradient, other: 0  # noqa: ARG005
     uint8: bool = True  # the other list may be importance stored as uint8
+    pairs: bool = True  # there is another list, of a dtype of its own
     broadcasts: bool = False  # the other list's tensors may be smaller
-    traces: bool = True  # eager code for it can be compiled
+    traces: bool = True  # eager code for it can be compiled as one graph
     alone: bool = False  # there is no other list
     random: bool = False  # its rivals draw other random numbers
 
