@@ -60,14 +60,14 @@ FASTCL_HD void threshold_thread(const P& p, const Chunk& c, int thread, double t
     if (runs && first + kByteRun <= c.n) {
       const Site<kByteRun, P> site{p, c.entry, c.form, c.begin + first};
       double x[kByteRun];
-      site.template read<true>(1, x);
+      site.read(1, x);
       FASTCL_UNROLL
       for (int k = 0; k < kByteRun; ++k) byte |= uint32_t(reaches(x[k], threshold)) << k;
     } else {
       FASTCL_ROLLED
       for (int k = 0; k < kByteRun && first + k < c.n; ++k) {
         double x[1];
-        Site<1, P>{p, c.entry, c.form, c.begin + first + k}.template read<true>(1, x);
+        Site<1, P>{p, c.entry, c.form, c.begin + first + k}.read(1, x);
         byte |= uint32_t(reaches(x[0], threshold)) << k;
       }
     }

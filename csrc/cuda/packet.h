@@ -177,7 +177,8 @@ class List {
     for (int o = 1; o < operands_; ++o) {
       const int64_t stride = layout.stride(0)[o];
       stands = stands || stride == 0;
-      along = along && (stride == 0 ? one || (notes_ > 0 && vectors_) : stride == 1 && is_aligned(*views[o], run));
+      const bool may_stand = one || (notes_ > 0 && vectors_ && views[o]->dtype != DType::other);
+      along = along && (stride == 0 ? may_stand : stride == 1 && is_aligned(*views[o], run));
     }
     if (along && layout.ndim() == 1 && (one || !stands)) return one ? kOne : 0;
     bool runs = along && vectors_ && layout.sizes[0] % run == 0;
