@@ -46,8 +46,9 @@ def adamw_(
         decay="torch": p <- (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
         decay="hf":    p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), then p <- p - lr weight_decay p
 
-    ``"torch"`` has the bits of torch.optim.AdamW's default on the CPU (the loop and foreach, which agree) in float32 and float64;
-    ``"hf"`` is the order of transformers' former AdamW, which Child-Tuning's authors use (Xu et al., EMNLP 2021).
+    ``"torch"`` is torch.optim.AdamW's default on the CPU (the loop and foreach, which agree) in float32 and float64: moments have its
+    bits, and parameters differ by the square root alone, which is correctly rounded here and within one ulp in torch (its vector
+    library's, by processor). ``"hf"`` is the order of transformers' former AdamW, which Child-Tuning's authors use (Xu et al., EMNLP 2021).
 
     The gradient becomes ``x = g`` in the type that its parameter is computed in (float64 for float64, else float32), times ``scale``,
     then goes through ``transforms`` in their order, never rounded to its own type in between, and changes its sign if ``maximize``. Each

@@ -21,8 +21,10 @@ from fastcl.optim.transforms import Transform
 class AdamW(Swept):
     r"""AdamW (Loshchilov and Hutter, ICLR 2019) in one sweep, with gradient transforms inside of it.
 
-    A torch.optim.Optimizer with torch.optim.AdamW's state and, without transforms, its bits: those of its default on the CPU (the loop and
-    foreach, which agree; ``fused=True`` differs in the last bits), in float32 and float64. :func:`fastcl.ops.adamw_` has the formulas.
+    A torch.optim.Optimizer with torch.optim.AdamW's state and, without transforms, the operations of its default on the CPU (the loop and
+    foreach, which agree; ``fused=True`` has another order), in float32 and float64: the moments' bits are equal, and a step's parameters
+    are within one ulp of the update, because torch's own square root is not correctly rounded on every processor, and this one is.
+    :func:`fastcl.ops.adamw_` has the formulas.
     State is float32 beside half-precision parameters. A run can change between the two in the middle, by state_dict.
 
     Not offered: amsgrad, sparse and complex gradients, tensor betas, differentiable steps. Under torch.compile the step runs as it is,

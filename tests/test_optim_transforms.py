@@ -1,0 +1,328 @@
+"""Gradient transforms inside fastcl.optim's sweep: each is its own op followed by the step; compact state; what binds to parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from test_optim_torch import give, parameters, same, same_state
+from torch import nn
+
+import fastcl
+from fastcl import BitMask, reference
+from fastcl.optim import SGD, AdamW, ChildMask, FixedMask, Project, Pull, SoftMask
+from fastcl.testing import clone
+from layouts import identical
+
+KINDS = ["soft", "child", "fixed", "project", "pull"]
+OPTIMIZERS = {"AdamW": (AdamW, {}), "hf": (AdamW, {"decay": "hf"}), "SGD": (SGD, {"momentum": 0.9})}
+
+
+def like(p, seed, draw=torch.randn):
+    generator = torch.Generator().manual_seed(seed)
+    return [draw(x.shape, generator=generator, dtype=x.dtype) for x in p]
+
+
+def made(kind, p, seed=3):
+    """A transform, and what does the same to the gradients before the step."""
+    if kind == "soft":
+        importance = like(p, seed, torch.rand)
+        return SoftMask(importance, 0.8), lambda grads, step: reference.soft_mask_(grads, importance, 0.8)
+    if kind == "child":
+        return ChildMask(0.4, seed), lambda grads, step: reference.child_mask_(grads, 0.4, seed, step)
+    if kind == "fixed":
+        masks = [m < 0.5 for m in like(p, seed, torch.rand)]
+        bits = [BitMask.from_bool(m).bits for m in masks]
+        return FixedMask(masks), lambda grads, step: reference.bit_mask_(grads, bits)
+    if kind == "project":
+        r = like(p, seed)
+        return Project(r), lambda grads, step: reference.project_(grads, r)
+    precision, anchor = like(p, seed, torch.rand), like(p, seed + 1)
+    return Pull(precision, anchor, 0.3), lambda grads, step: reference.ewc_pull_(grads, [x.detach() for x in p], precision, anchor, 0.3)
+
+
+def run(optimizer, before, p, steps=5, missing=()):
+    for step in range(steps):
+        give(step, p, missing=missing)
+        with torch.no_grad():
+            for change in before:
+                change([x.grad for x in p], step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kinds", [*itertools.combinations(KINDS, 1), *list(itertools.permutations(KINDS, 3))[::9]], ids="-".join)
+def test_transforms_are_their_ops_before_the_step(device, kinds, name):
+    own, settings = OPTIMIZERS[name]
+    p, q = parameters(), parameters()
+    transforms = [made(k, p, seed=n)[0] for n, k in enumerate(kinds)]
+    apart = [made(k, q, seed=n)[1] for n, k in enumerate(kinds)]
+    a, b = own(p, lr=0.05, transforms=transforms, **settings), own(q, lr=0.05, **settings)
+    run(a, [], p)
+    run(b, apart, q)
+    assert same(p, q)
+    assert not same(p, parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_empty_transforms_change_nothing(device, name):
+    own, settings = OPTIMIZERS[name]
+    p, q = parameters(), parameters()
+    run(own(p, lr=0.05, transforms=[Project(), SoftMask({}), FixedMask([None] * 4)], **settings), [], p)
+    run(own(q, lr=0.05, **settings), [], q)
+    assert same(p, q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mappings_leave_other_parameters_alone(device, kind):
+    if kind == "child":
+        pytest.skip("has no values")
+    p, q, untouched = parameters(), parameters(), parameters()
+    transform, apart = made(kind, q)
+    for operand in transform.operands:
+        values = transform.values(operand)
+        setattr(transform, operand, {q[2]: values[2], q[0]: values[0]})
+    run(AdamW(q, lr=0.05, transforms=[transform]), [], q, steps=1)
+    run(AdamW(untouched, lr=0.05), [], untouched, steps=1)
+    give(0, p)
+    before = clone([x.grad for x in p])
+    with torch.no_grad():
+        if kind == "project":
+            reference.project_([p[0].grad, p[2].grad], [made(kind, p)[0].reference[i] for i in (0, 2)])
+        elif kind == "pull":
+            made(kind, p)[1]([x.grad for x in p], 0)
+        else:
+            made(kind, p)[1]([x.grad for x in p], 0)
+    for i in (1, 3):
+        p[i].grad = before[i]
+    AdamW(p, lr=0.05).step()
+    assert same(p, q)
+    assert same([q[1], q[3]], [untouched[1], untouched[3]])
+    assert apart is not None
+
+
+def test_groups_and_missing_gradients_keep_every_value_with_its_parameter(device):
+    p, q = parameters(), parameters()
+    kinds = [k for k in KINDS if k != "project"]
+    a = AdamW([{"params": p[:1]}, {"params": p[1:], "lr": 0.2}], lr=0.05, transforms=[made(k, p)[0] for k in kinds])
+    b = AdamW([{"params": q[:1]}, {"params": q[1:], "lr": 0.2}], lr=0.05)
+    for step in range(5):
+        missing = {1: (0,), 2: (1, 3)}.get(step, ())
+        give(step, p)
+        give(step, q)
+        for k in kinds:  # of the gradients that are there at the end, all had to be there for the ops
+            steps = [int(b.state[x]["step"]) if x in b.state else 0 for x in q]
+            for i, x in enumerate(q):
+                grads = [y.grad.clone() for y in q]
+                with torch.no_grad():
+                    made(k, q)[1](grads, steps[i])
+                x.new_grad = grads[i]
+            for x in q:
+                x.grad = x.new_grad
+        for i in missing:
+            p[i].grad = q[i].grad = None
+        a.step()
+        b.step()
+        assert same(p, q), step
+
+
+def test_a_projection_counts_a_missing_gradient_as_zero(device):
+    p, q = parameters(), parameters()
+    r = [None if n == 3 else x for n, x in enumerate(like(p, 1))]
+    a, b = AdamW(p, transforms=[Project(r)]), AdamW(q)
+    for step in range(3):
+        give(step, p, q, missing=(1, 3))
+        fastcl.project_gradients_(q, r)
+        a.step()
+        b.step()
+        assert p[1].grad is None
+        assert p[3] not in a.state
+    assert same(p, q)
+
+
+def test_a_projection_decides_over_all_groups_after_what_comes_before(device):
+    p, q = parameters(), parameters()
+    soft, apart = made("soft", p)
+    r = [-x for x in like(p, 1)]
+    a = SGD([{"params": p[:2]}, {"params": p[2:]}], lr=0.1, transforms=[soft, Project(r)], clip_norm=0.5)
+    b = SGD(q, lr=0.1)
+    for step in range(4):
+        give(step, p, q)
+        torch.nn.utils.clip_grad_norm_(q, 0.5)
+        apart([x.grad for x in q], step)
+        fastcl.project_gradients_(q, r)
+        a.step()
+        b.step()
+    for x, y in zip(p, q, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_values_may_be_assigned_and_written_between_steps(device):
+    p, q = parameters(), parameters()
+    soft = SoftMask([torch.zeros(()) for _ in p])
+    a, b = AdamW(p, lr=0.05, transforms=[soft]), AdamW(q, lr=0.05)
+    for step in range(4):
+        give(step, p, q)
+        if step == 1:
+            soft.importance[0].fill_(0.5)
+        if step == 2:
+            soft.importance = like(p, 4, torch.rand)
+        if step == 3:
+            soft.strength = 0.25
+        reference.soft_mask_([x.grad for x in q], soft.importance, soft.strength)
+        a.step()
+        b.step()
+    assert same(p, q)
+    soft.importance = [torch.zeros(2)] * 4
+    give(5, p)
+    with pytest.raises(ValueError, match=r"importance\[0\] has shape \(2,\)"):
+        a.step()
+    assert same(p, q)
+
+
+def test_added_groups_need_values(device):
+    p = parameters()
+    a = AdamW(p[:2], transforms=[SoftMask(like(p[:2], 1, torch.rand))])
+    with pytest.raises(ValueError, match="importance has 2 entries and the optimizer 4 parameters"):
+        a.add_param_group({"params": p[2:]})
+    assert len(a.param_groups) == 1
+    give(0, p)
+    a.step()
+    values = {p[0]: torch.ones(5, 3)}
+    soft = SoftMask(values)
+    b = AdamW(p[:2], transforms=[soft], weight_decay=0)
+    soft.importance = {**values, p[2]: torch.ones(())}
+    b.add_param_group({"params": p[2:]})
+    before = clone(p)
+    b.step()
+    assert identical(p[2], before[2])
+    assert not identical(p[3], before[3])
+
+
+def children(p, seed=0):
+    return [None if n == 2 else m < 0.3 for n, m in enumerate(like(p, seed, torch.rand))]
+
+
+COMPACT_SHAPES = [(70, 130), (33,), (5,), (4, 2, 3, 3), (0, 3), (5000,)]
+
+
+class TestCompactState:
+    @pytest.mark.parametrize("decay", ["torch", "hf"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    def test_as_dense(self, device, dtype, decay):
+        p, q = parameters(dtype, COMPACT_SHAPES), parameters(dtype, COMPACT_SHAPES)
+        masks, importance = children(p), like(p, 4, torch.rand)
+        settings = {"lr": 0.05, "decay": decay, "weight_decay": 0.2, "clip_norm": 5.0}
+        transforms = [SoftMask(importance), FixedMask(masks), ChildMask(0.7, 2)]
+        a, b = (AdamW(x, transforms=transforms, compact_state=c, **settings) for x, c in ((p, True), (q, False)))
+        for step in range(12):
+            give(step, p, q, missing=(1,) if step < 2 else ())
+            a.step()
+            b.step()
+            assert same(p, q), step
+        left, right = a.state_dict()["state"], b.state_dict()["state"]
+        assert all(identical(left[k][n], right[k][n]) for k in left for n in left[k])
+        kept = sum(a.state[x]["exp_avg"].numel() for x in p)
+        assert (
+            kept == sum(x.numel() if m is None else int(m.sum()) for x, m in zip(p, masks, strict=True)) < 0.4 * sum(x.numel() for x in p)
+        )
+
+    @pytest.mark.parametrize("into", ["dense", "torch", "compact", "pickle"])
+    def test_state_goes_everywhere_and_back(self, device, into, exact_root):
+        p, q = parameters(shapes=COMPACT_SHAPES), parameters(shapes=COMPACT_SHAPES)
+        masks = children(p)
+        alone, current = (AdamW(x, lr=0.05, transforms=[FixedMask(masks)], compact_state=True) for x in (p, q))
+        for step in range(9):
+            give(step, p, q)
+            if step == 3:
+                if into == "pickle":
+                    q, current = copy.deepcopy((q, current))
+                    give(step, q)
+                else:
+                    buffer = io.BytesIO()
+                    torch.save(current.state_dict(), buffer)
+                    buffer.seek(0)
+                    if into == "torch":
+                        current = torch.optim.AdamW(q, lr=0.05)
+                    else:
+                        current = AdamW(q, lr=0.05, transforms=[FixedMask(masks)], compact_state=into == "compact")
+                    current.load_state_dict(torch.load(buffer, weights_only=True))
+            if step == 6 and into != "pickle":
+                saved = current.state_dict()
+                current = AdamW(q, lr=0.05, transforms=[FixedMask(masks)], compact_state=True)
+                current.load_state_dict(saved)
+            if isinstance(current, torch.optim.AdamW):
+                fastcl.apply_gradient_mask_(q, masks)
+            current.step()
+            alone.step()
+            assert same(p, q), step
+        same_state(alone, current, p, q)
+
+    def test_parameters_that_are_not_contiguous_keep_whole_moments(self, device):
+        def lists():
+            return [nn.Parameter(x.detach().to(memory_format=torch.channels_last)) for x in parameters(shapes=[(4, 3, 5, 5)])]
+
+        p, q = lists(), lists()
+        masks = [torch.rand(4, 3, 5, 5) < 0.5]
+        a, b = (AdamW(x, transforms=[FixedMask(masks)], compact_state=c) for x, c in ((p, True), (q, False)))
+        for step in range(3):
+            give(step, p, q)
+            a.step()
+            b.step()
+        assert same(p, q)
+        assert a.state[p[0]]["exp_avg"].shape == (4, 3, 5, 5)
+
+    def test_moments_outside_of_the_masks_are_refused(self, device):
+        p = parameters()
+        dense = AdamW(p)
+        give(0, p)
+        dense.step()
+        a = AdamW(p, transforms=[FixedMask([torch.zeros(x.shape, dtype=torch.bool) for x in p])], compact_state=True)
+        with pytest.raises(ValueError, match="exp_avg is not zero outside of the masks"):
+            a.load_state_dict(dense.state_dict())
+
+    @pytest.mark.parametrize(
+        ("transforms", "message"),
+        [
+            (lambda p, m: [], "needs exactly one FixedMask among the transforms, got 0"),
+            (lambda p, m: [FixedMask(m), FixedMask(m)], "needs exactly one FixedMask among the transforms, got 2"),
+            (lambda p, m: [FixedMask(m), Project()], "Project behind FixedMask gives gradients there"),
+            (lambda p, m: [FixedMask(m), Pull({}, {}, 1.0)], "Pull behind FixedMask gives gradients there"),
+        ],
+    )
+    def test_transforms_that_do_not_go_with_it(self, transforms, message):
+        p = parameters()
+        with pytest.raises(ValueError, match=message):
+            AdamW(p, transforms=transforms(p, children(p)), compact_state=True)
+
+    def test_masks_stay(self, device):
+        p = parameters()
+        fixed = FixedMask(children(p))
+        a = AdamW(p, transforms=[fixed], compact_state=True)
+        give(0, p)
+        a.step()
+        fixed.masks = children(p)  # the same values
+        a.step()
+        before = clone(p)
+        fixed.masks = children(p, seed=7)
+        with pytest.raises(ValueError, match=r"masks\[\d\] has changed, and with compact_state"):
+            a.step()
+        assert same(p, before)
+
+    def test_an_added_group(self, device):
+        p, q = parameters(), parameters()
+        masks = [BitMask.from_bool(m) if m is not None else None for m in children(p)]
+        for params, compact in ((p, True), (q, False)):
+            fixed = FixedMask(dict(zip(params[:2], masks[:2], strict=True)))
+            a = AdamW(params[:2], lr=0.1, transforms=[fixed], compact_state=compact)
+            give(0, params)
+            a.step()
+            fixed.masks = {x: m for x, m in zip(params, masks, strict=True) if m is not None}
+            a.add_param_group({"params": params[2:]})
+            for step in range(1, 4):
+                give(step, params)
+                a.step()
+        assert same(p, q)
