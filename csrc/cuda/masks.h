@@ -78,8 +78,7 @@ FASTCL_HD void threshold_thread(const P& p, const Chunk& c, int thread, double t
 // ---- pull: gradient, parameter, precision, anchor
 
 template <class C, class P>
-FASTCL_HD void pull_thread(const P& p, const Chunk& c, int thread, double strength) {
-  const auto op = Pull<C>::make(strength);
+FASTCL_HD void pull_thread(const P& p, const Chunk& c, int thread, const Pull<C>& op) {
   each_run<kRun<C>>(p, c, thread, [&](const auto& site) {
     constexpr int V = std::decay_t<decltype(site)>::width;
     const int64_t own = site.at(0);

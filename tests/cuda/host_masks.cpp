@@ -187,8 +187,8 @@ void pull() {
       const ByCompute lists = joint_lists("grads", {&grads.ours, &operands[0].views, &operands[1].views, &operands[2].views});
       const auto run = [&](auto packet) {
         using P = decltype(packet);
-        run_threads<P>(lists.single, kRunChunk, [&](const P& p, const Chunk& c, int t) { pull_thread<float>(p, c, t, 0.15); });
-        run_threads<P>(lists.twice, kRunChunk, [&](const P& p, const Chunk& c, int t) { pull_thread<double>(p, c, t, 0.15); });
+        run_threads<P>(lists.single, kRunChunk, [&](const P& p, const Chunk& c, int t) { pull_thread(p, c, t, Pull<float>::make(0.15)); });
+        run_threads<P>(lists.twice, kRunChunk, [&](const P& p, const Chunk& c, int t) { pull_thread(p, c, t, Pull<double>::make(0.15)); });
       };
       if (mixed)
         run(TinyPacket{});

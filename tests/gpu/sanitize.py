@@ -98,7 +98,7 @@ def optimizers() -> None:
     for dtype, layout in itertools.product(FLOATING, range(3)):
         tensors = [variants(torch.randn(s, device="cuda").to(dtype)) for s in [*SHAPES, (17000,)]]
         params = [v[layout % len(v)] for v in tensors]
-        grads = [v[0].to(FLOATING[k % 4]) for k, v in enumerate(tensors)]
+        grads = [v[0].to(FLOATING[k % 4], copy=True) for k, v in enumerate(tensors)]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         moments, squares = ([torch.zeros_like(p, dtype=wide) for p in params] for _ in range(2))
         steps = [torch.zeros((), device="cuda") for _ in params]
@@ -119,7 +119,7 @@ def optimizers() -> None:
         ops.sgd_(params, grads, lr=torch.tensor(1e-3, device="cuda"))
         ops.optimizers.transformed_dot(params, grads, steps, transforms, None, None, reference)
         whole = [p.contiguous() for p in params]
-        own = [[t.contiguous()[m.to_bool()] for t, m in zip(column, masks, strict=True)] for column in (moments, squares)]
+        own = [[t[m.to_bool()] if t.numel() else t for t, m in zip(column, masks, strict=True)] for column in (moments, squares)]
         compact = (bits, [m.ranks for m in masks])
         ops.adamw_(whole, grads, *own, steps, lr=1e-3, transforms=transforms[2:3], compact=compact)
 

@@ -363,7 +363,7 @@ def test_ten_thousand_tensors_step(cuda):
 
 def test_half_parameters_keep_float_moments(cuda):
     lists, options = on_device(adamw_arguments((), [(257, 65)], dtype=torch.bfloat16), DEVICE)
-    exact = [[t.float() for t in column] for column in lists]
+    exact = [[t.float().clone() for t in column] for column in lists]
     ops.adamw_(*lists, **options)
     ops.adamw_(*exact, **options)
     assert identical(lists[2][0], exact[2][0])
