@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/dtypes.h"
+#include "cpu/child_bits.h"
 #include "cpu/ops.h"
 
 namespace fastcl::cpu {
@@ -11,21 +12,75 @@ namespace {
 
 using Run = GradientSweep::Run;
 
-template <class P, class C, bool hf>
-FASTCL_CLONES void adamw_loop(P* __restrict p, C* __restrict m, C* __restrict v, const C* __restrict x, int64_t stride, int64_t n,
-                              const AdamW<C>& rule, const Ahead& ahead) {
+// Where the loop finds its gradients. The last transform can be done on the way: then all that is read comes in one stream, and not the
+// gradients first and the parameters after them.
+template <class C>
+struct Given {
+  const C* x;
+  FASTCL_HD C operator[](int64_t e) const { return x[e]; }
+};
+template <class I>
+struct SoftenedOnTheWay {
+  const float* x;
+  const I* importance;
+  float strength;
+  FASTCL_HD float operator[](int64_t e) const { return Softened<float>{strength}(x[e], importance[e]); }
+};
+struct DrawnOnTheWay {
+  const float* x;
+  const uint16_t* drawn;
+  uint32_t bound;
+  float scale;
+  FASTCL_HD float operator[](int64_t e) const { return Drawn<float>{scale}(x[e], drawn[e] < bound); }
+};
+
+template <class P, class C, bool hf, class X>
+FASTCL_CLONES void adamw_loop(P* __restrict p, C* __restrict m, C* __restrict v, X x, int64_t stride, int64_t n, const AdamW<C>& rule) {
   const AdamW<C> r = rule;  // so that no store can reach it
-  if (stride == 1) {
-    int64_t e = 0;
-    for (; e + Ahead::kGroup <= n; e += Ahead::kGroup) {
-      ahead.group(e);
-      for (int64_t l = e; l < e + Ahead::kGroup; ++l) p[l] = store<P>(r.template updated<hf>(load<C>(p[l]), x[l], m[l], v[l]));
-    }
-    for (; e < n; ++e) p[e] = store<P>(r.template updated<hf>(load<C>(p[e]), x[e], m[e], v[e]));
-  } else {
+  if (stride == 1)
+#pragma GCC ivdep
+    for (int64_t e = 0; e < n; ++e) p[e] = store<P>(r.template updated<hf>(load<C>(p[e]), x[e], m[e], v[e]));
+  else
     for (int64_t e = 0; e < n; ++e)
       p[e * stride] = store<P>(r.template updated<hf>(load<C>(p[e * stride]), x[e], m[e * stride], v[e * stride]));
+}
+
+template <class X>
+void adamw_on_the_way(const Run& run, int64_t done, int64_t n, const AdamW<float>& rule, bool hf, X x) {
+  auto* p = reinterpret_cast<float*>(run.at(GradientSweep::kParam, done));
+  auto* m = reinterpret_cast<float*>(run.at(GradientSweep::kFirst, done));
+  auto* v = reinterpret_cast<float*>(run.at(GradientSweep::kSecond, done));
+  (hf ? adamw_loop<float, float, true, X> : adamw_loop<float, float, false, X>)(p, m, v, x, 1, n, rule);
+}
+
+// Whether it was done so: with float32 and stride 1, for the masks that come alone most often.
+bool fuses(const GradientSweep& sweep, GradientBlock<float>& block, const Run& run, int64_t done, int64_t n, const AdamW<float>& rule,
+           bool hf) {
+  const auto& transforms = sweep.inputs().transforms;
+  if (transforms.empty() || run.strides != nullptr || run.item.compact || run.slots[GradientSweep::kParam].dtype != DType::f32)
+    return false;
+  const Transform& last = transforms.back();
+  const int slot = sweep.slots() - 1;
+  const GradientSweep::Slot& operand = run.slots[slot];
+  const auto before = [&] { return block.transformed(sweep, run, done, n, transforms.size() - 1); };
+  if (last.kind == TransformKind::child_mask) {
+    const ChildDraw draw = ChildDraw::make(last.number, last.seed);
+    ChildBits bits(draw);
+    const uint16_t* drawn = bits.draw(run.item.offset + run.index(slot, done), 1, n, run.item.place, run.item.step);
+    adamw_on_the_way(run, done, n, rule, hf, DrawnOnTheWay{before(), drawn, bits.bound(), float(draw.scale)});
+    return true;
   }
+  if (last.kind != TransformKind::soft_mask || operand.data == nullptr) return false;
+  const char* importance = run.at(slot, done);
+  if (operand.dtype == DType::f32)
+    adamw_on_the_way(run, done, n, rule, hf,
+                     SoftenedOnTheWay<float>{before(), reinterpret_cast<const float*>(importance), float(last.number)});
+  else if (operand.dtype == DType::u8)
+    adamw_on_the_way(run, done, n, rule, hf,
+                     SoftenedOnTheWay<uint8_t>{before(), reinterpret_cast<const uint8_t*>(importance), float(last.number)});
+  else
+    return false;
+  return true;
 }
 
 template <class P, class C, bool with_momentum>
@@ -143,13 +198,13 @@ C* state(const Views& list, size_t tensor) {
 }  // namespace
 
 template <class P, class C>
-void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf, const Ahead& ahead) {
-  (hf ? adamw_loop<P, C, true> : adamw_loop<P, C, false>)(param, m, v, x, stride, n, rule, ahead);
+void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf) {
+  (hf ? adamw_loop<P, C, true, Given<C>> : adamw_loop<P, C, false, Given<C>>)(param, m, v, {x}, stride, n, rule);
 }
-template void adamw_dense(double*, double*, double*, const double*, int64_t, int64_t, const AdamW<double>&, bool, const Ahead&);
-template void adamw_dense(float*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
-template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
-template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool, const Ahead&);
+template void adamw_dense(double*, double*, double*, const double*, int64_t, int64_t, const AdamW<double>&, bool);
+template void adamw_dense(float*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
+template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
+template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
 
 void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool) {
   check_ranks(inputs, pool);
@@ -160,10 +215,12 @@ void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& po
     const GradientSweep::Item* current = nullptr;  // the compact tensor that is worked on, and where in its state
     int64_t at = 0;
     each_block(sweep, begin, end, [&](auto& block, const Run& run, int64_t done, int64_t n) {
-      const auto* x = block.transformed(sweep, run, done, n);
-      using C = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
+      using C = typename std::remove_reference_t<decltype(block)>::compute;
       const size_t tensor = run.item.tensor;
       const auto own = AdamW<C>::make(scalars.of(tensor));
+      if constexpr (std::is_same_v<C, float>)
+        if (fuses(sweep, block, run, done, n, own, rule.hf)) return;
+      const C* x = block.transformed(sweep, run, done, n);
       char* param = run.at(GradientSweep::kParam, done);
       with_param<C>(run.slots[GradientSweep::kParam].dtype, [&](auto t) {
         auto* p = reinterpret_cast<typename decltype(t)::type*>(param);
@@ -175,8 +232,7 @@ void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& po
           at += adamw_compact(p, state<C>(inputs.first, tensor) + at, state<C>(inputs.second, tensor) + at, x, child, own, rule.hf);
         } else {
           adamw_dense(p, reinterpret_cast<C*>(run.at(GradientSweep::kFirst, done)),
-                      reinterpret_cast<C*>(run.at(GradientSweep::kSecond, done)), x, run.stride(GradientSweep::kParam), n, own, rule.hf,
-                      Ahead(run, sweep.slots(), done + n));
+                      reinterpret_cast<C*>(run.at(GradientSweep::kSecond, done)), x, run.stride(GradientSweep::kParam), n, own, rule.hf);
         }
       });
     });

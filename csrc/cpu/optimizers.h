@@ -22,6 +22,6 @@ int64_t adamw_compact(P* param, C* m, C* v, const C* x, const CompactBlock& bloc
 
 // AdamW on a block; of stride the parameter and its moments.
 template <class P, class C>
-void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf, const Ahead& ahead);
+void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf);
 
 }  // namespace fastcl::cpu

@@ -55,7 +55,7 @@ int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, con
     packed[count] = param[e];
     gradient[count++] = x[e];
   });
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf, Ahead());
+  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
   (hf ? decay_loop<P, C, true> : decay_loop<P, C, false>)(param, block.n, rule);
   int64_t at = 0;
   each_child(block, [&](int64_t e) { param[e] = packed[at++]; });
@@ -101,7 +101,7 @@ FASTCL_V4 void unpack(float* p, const CompactBlock& block, const float* packed, 
 int64_t by_registers(float* param, float* m, float* v, const float* x, const CompactBlock& block, const AdamW<float>& rule, bool hf) {
   alignas(64) float packed[kBlock + 16], gradient[kBlock + 16];
   const int64_t count = pack(param, x, block, packed, gradient);
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf, Ahead());
+  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
   if (hf)
     (rule.decay != 0 ? unpack<true, true> : unpack<true, false>)(param, block, packed, rule);
   else

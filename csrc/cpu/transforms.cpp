@@ -177,7 +177,8 @@ const C* GradientBlock<C>::widened(const GradientSweep::Run& run, int slot, int6
 }
 
 template <class C>
-const C* GradientBlock<C>::transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n) {
+const C* GradientBlock<C>::transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n,
+                                       size_t transforms) {
   const OptimizerInputs& inputs = sweep.inputs();
   const C* x = widened(run, GradientSweep::kGrad, done, n, x_);
   if (!inputs.scale.empty()) {
@@ -186,7 +187,8 @@ const C* GradientBlock<C>::transformed(const GradientSweep& sweep, const Gradien
     x = x_;
   }
   int slot = GradientSweep::kFixed;
-  for (const Transform& t : inputs.transforms) {
+  for (size_t k = 0; k < transforms; ++k) {
+    const Transform& t = inputs.transforms[k];
     const int own = slot;
     slot += t.kind == TransformKind::pull ? 2 : 1;
     const GradientSweep::Slot& operand = run.slots[own];

@@ -90,33 +90,6 @@ class GradientSweep {
   }
 };
 
-// What the next block reads, asked for while this one is worked on: streams that take turns are more than the hardware follows.
-class Ahead {
- public:
-  static constexpr int kMost = 8;
-  static constexpr int64_t kGroup = 64;  // elements of this block for which as many of the next are asked for
-
-  Ahead() = default;
-  Ahead(const GradientSweep::Run& run, int slots, int64_t next) {
-    if (run.strides != nullptr || next >= run.n) return;
-    for (int s = 0; s < slots && count_ < kMost; ++s) {
-      const GradientSweep::Slot& slot = run.slots[s];
-      if (slot.data == nullptr || slot.dtype == DType::other) continue;
-      data_[count_] = run.at(s, next);
-      lines_[count_++] = size_of(slot.dtype);
-    }
-  }
-  FASTCL_HD void group(int64_t e) const {
-    for (int k = 0; k < count_; ++k)
-      for (int64_t line = 0; line < lines_[k]; ++line) __builtin_prefetch(data_[k] + e * lines_[k] + 64 * line, 0, 2);
-  }
-
- private:
-  int count_ = 0;
-  const char* data_[kMost];
-  int64_t lines_[kMost];  // of a group
-};
-
 // Widens n elements.
 template <class C>
 void widen_block(const char* data, DType dtype, int64_t stride, int64_t n, C* out);
@@ -125,8 +98,13 @@ void widen_block(const char* data, DType dtype, int64_t stride, int64_t n, C* ou
 template <class C>
 class GradientBlock {
  public:
-  // The gradient of elements [done, done + n) of a run after all transforms: in a buffer, or where the gradient itself lies.
-  const C* transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n);
+  using compute = C;
+
+  // The gradient of elements [done, done + n) of a run after the first so many transforms: in a buffer, or where the gradient itself lies.
+  const C* transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n, size_t transforms);
+  const C* transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n) {
+    return transformed(sweep, run, done, n, sweep.inputs().transforms.size());
+  }
 
  private:
   static constexpr int64_t kBlock = GradientSweep::kBlock;

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-STORAGE = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8}
+STORAGE = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8, "i64": np.int64}
 FLOATING = ("f64", "f32", "f16", "bf16")
 STORED = (*FLOATING, "u8")
 

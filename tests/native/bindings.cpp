@@ -25,6 +25,7 @@ DType parse(const std::string& name) {
   if (name == "bf16") return DType::bf16;
   if (name == "f16") return DType::f16;
   if (name == "u8") return DType::u8;
+  if (name == "i64") return DType::i64;
   throw py::value_error("unknown dtype " + name);
 }
 
@@ -172,6 +173,25 @@ double spg(const Operands& accumulated, const std::vector<Operands>& heads) {
   return cpu::spg_importance_(a, lists, pool());
 }
 
+// (kind, number, seed, operands, anchors, coefficient) for each transform.
+using TransformArguments = std::tuple<int, double, uint64_t, Operands, Operands, Operands>;
+
+struct OptimizerArguments {
+  Operands params, grads, first, second, steps;
+  std::vector<TransformArguments> transforms;
+  std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>> places;
+  Operands bits, ranks, scale, found_inf, lr;
+
+  OptimizerInputs inputs() const {
+    OptimizerInputs out{views(params), views(grads), views(first), views(second),    views(steps), {}, {},
+                        views(bits),   views(ranks), views(scale), views(found_inf), views(lr)};
+    for (const auto& [kind, number, seed, operands, anchors, coefficient] : transforms)
+      out.transforms.push_back({TransformKind(kind), number, seed, views(operands), views(anchors), views(coefficient)});
+    for (const auto& [tensor, offset, strides] : places) out.places.push_back({tensor, offset, strides.data()});
+    return out;
+  }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_fastcl_numpy, m) {
@@ -266,5 +286,39 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
   m.def("gem_coefficients", [](const py::array_t<double, py::array::c_style>& products, double margin, double ridge) {
     const int k = int(products.shape(0)) - 1;
     return returned({2 * k + 1}, [&](double* out) { cpu::gem_coefficients(products.data(), k, margin, ridge, out); });
+  });
+
+  py::class_<OptimizerArguments>(m, "OptimizerArguments")
+      .def(py::init<>())
+      .def_readwrite("params", &OptimizerArguments::params)
+      .def_readwrite("grads", &OptimizerArguments::grads)
+      .def_readwrite("first", &OptimizerArguments::first)
+      .def_readwrite("second", &OptimizerArguments::second)
+      .def_readwrite("steps", &OptimizerArguments::steps)
+      .def_readwrite("transforms", &OptimizerArguments::transforms)
+      .def_readwrite("places", &OptimizerArguments::places)
+      .def_readwrite("bits", &OptimizerArguments::bits)
+      .def_readwrite("ranks", &OptimizerArguments::ranks)
+      .def_readwrite("scale", &OptimizerArguments::scale)
+      .def_readwrite("found_inf", &OptimizerArguments::found_inf)
+      .def_readwrite("lr", &OptimizerArguments::lr);
+  m.def("adamw_", [](const OptimizerArguments& a, double lr, double beta1, double beta2, double eps, double decay, bool hf, bool maximize) {
+    const OptimizerInputs inputs = a.inputs();
+    py::gil_scoped_release release;
+    cpu::adamw_(inputs, {lr, beta1, beta2, eps, decay, hf, maximize}, pool());
+  });
+  m.def("sgd_", [](const OptimizerArguments& a, double lr, double momentum, double dampening, double decay, bool nesterov, bool maximize,
+                   bool first) {
+    const OptimizerInputs inputs = a.inputs();
+    py::gil_scoped_release release;
+    cpu::sgd_(inputs, {lr, momentum, dampening, decay, nesterov, maximize, first}, pool());
+  });
+  m.def("transformed_dot", [](const OptimizerArguments& a, const Operands& reference) {
+    const OptimizerInputs inputs = a.inputs();
+    const Views r = views(reference);
+    return returned({2}, [&](double* out) { cpu::transformed_dot(inputs, r, out, pool()); });
+  });
+  m.def("kept", [](double keep, uint64_t seed, uint64_t element, uint32_t tensor, uint32_t step) {
+    return ChildDraw::make(keep, seed).kept(element, tensor, step);
   });
 }
