@@ -169,14 +169,11 @@ FASTCL_HD uint32_t kept_bits(const ChildDraw& draw, uint64_t element, uint32_t t
   return kept;
 }
 
-// The bits of a mask from an element on.
+// The bits of a mask from an element on. Rows of runs are whole runs long, so that a run's elements lie in one byte.
 template <int V>
 FASTCL_HD uint32_t mask_bits(const uint8_t* bits, int64_t element) {
-  static_assert(V <= 8, "they lie in at most two bytes");
-  const int shift = int(element & 7);
-  uint32_t word = bits[element >> 3];
-  if (shift + V > 8) word |= uint32_t(bits[(element >> 3) + 1]) << 8;
-  return word >> shift & ((1u << V) - 1);
+  static_assert(8 % V == 0, "runs fill bytes");
+  return uint32_t(bits[element >> 3]) >> (element & 7) & ((1u << V) - 1);
 }
 
 }  // namespace fastcl::cuda

@@ -155,9 +155,9 @@ void fill(World& world, const Config& config, const std::vector<LayoutCase>& cas
 
 std::vector<StepRow> prepared(const OptimizerInputs& inputs, const Preparation& how) {
   std::vector<StepRow> rows(inputs.steps.size());
-  auto packet = std::make_unique<SmallPacket>();
+  auto packet = std::make_unique<TinyPacket>();
   const List list = steps_list(inputs.steps);
-  for (const List::Launch& part : list.launches(SmallPacket::max_tensors, SmallPacket::max_words)) {
+  for (const List::Launch& part : list.launches(TinyPacket::max_tensors, TinyPacket::max_words)) {
     list.fill(part, *packet);
     for (int t = 0; t < kThreads; ++t) prepare_thread(*packet, t, how, rows.data());
   }
