@@ -25,12 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import bench_step, machine, measure, report, targets
+from bench import bench_optim, bench_step, machine, measure, report, targets
 from bench.cells import DTYPES, SMALL, Cell, Workload, cells, providers
 from fastcl.testing import CASES, SIZES, elements
 
 RESULTS = machine.ROOT / "bench" / "results"
-TESTS = tuple(f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "quantile", "bit_mask"))
+TESTS = tuple(
+    f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull", "quantile", "bit_mask")
+)
 SLOW_MS = 500.0  # a call that takes longer has its memory measured once
 STEP_ROUNDS = (15, 400)  # an overhead of a few percent is a small difference of two large times
 QUICK = {"sizes": ("400x64", "1x2^20"), "dtypes": ("fp32", "fp32+uint8")}
@@ -142,11 +144,16 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cells, and the training step, with a progress bar."""
     pairs = list(itertools.product(bench_step.MODELS, bench_step.METHODS)) if step else []
-    with _progress(len(chosen) + len(pairs)) as doing:
+    optimizers = bench_optim.pairs() if step else []
+    with _progress(len(chosen) + len(optimizers) + len(pairs)) as doing:
         records = []
         for cell in chosen:
             with doing(str(cell)):
                 records.append(run_cell(cell, device, seconds, rounds, everything))
+        stepped = []
+        for name, size in optimizers:
+            with doing(f"{name} {size}"):
+                stepped.append(bench_optim.measure_optimizer(name, size, device, 4 * seconds, rounds))
         steps = []
         for model, method in pairs:
             with doing(f"training step, {model}, {method}"):
@@ -161,6 +168,7 @@ def run(
             "memory": measure.MEMORY_METHOD[device],
         },
         "cells": records,
+        "optimizers": stepped,
         "steps": steps,
     }
 
@@ -200,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.section(result, pictures=False))
     if folder is not None:
         print(f"written: {write(result, folder).name} and .csv")
-    missed = sum(o.verdict == "missed" for o in targets.evaluate(result["cells"], result["steps"])) if args.device == "cpu" else 0
+    missed = sum(o.verdict == "missed" for o in targets.of(result)) if args.device == "cpu" else 0
     if missed:
         print(f"bench: {missed} target{'s' * (missed > 1)} missed", file=sys.stderr)
     return 0

@@ -15,6 +15,7 @@ import torch
 import fastcl
 from bench import yardstick
 from fastcl import backends
+from fastcl.experiment.environment import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 VENDORS = {"nvidia", "amd", "geforce", "tesla", "quadro", "radeon", "instinct"}
@@ -25,15 +26,6 @@ def slug(gpu: str) -> str:
     words = [w for w in re.split(r"[^a-z0-9]+", gpu.lower()) if w and w not in VENDORS]
     numbered = next((n for n, w in enumerate(words) if any(c.isdigit() for c in w)), len(words) - 1)
     return "-".join(words[: numbered + 1]) or "gpu"
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -57,7 +49,7 @@ def facts(device: str) -> dict[str, object]:
     """The machine and the software, as the results hold them."""
     out: dict[str, object] = {
         "name": slug(torch.cuda.get_device_name()) if device == "cuda" else "cpu",
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

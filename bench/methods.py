@@ -34,6 +34,8 @@ TESTS = (
     "tests/test_gem.py",
     "tests/test_replay.py",
     "tests/test_spg.py",
+    "tests/test_ewc.py",
+    "tests/test_child_tuning.py",
     "tests/test_joint.py",
     "tests/test_experiment.py",
 )

@@ -14,7 +14,18 @@ from fastcl.experiment.plots import curves, heat_maps
 from fastcl.metrics import AccuracyMatrix, acc, forgetting
 
 FILE = "methods.json"
-TITLES = {"naive": "naive", "agem": "A-GEM", "gem": "GEM", "replay": "replay", "spg": "SPG", "joint": "joint"}
+TITLES = {
+    "naive": "naive",
+    "agem": "A-GEM",
+    "gem": "GEM",
+    "replay": "replay",
+    "spg": "SPG",
+    "ewc": "EWC",
+    "ewc-online": "EWC online",
+    "child-tuning-f": "Child-Tuning F",
+    "child-tuning-d": "Child-Tuning D",
+    "joint": "joint",
+}
 
 
 def pictures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -75,7 +86,7 @@ def section(result: Mapping[str, Any], with_pictures: bool = True) -> str:
         f"({m['backend']}); {m['date']}. MLP {layers} with one head, SGD with learning rate {c['lr']}, batches of {c['batch_size']}, "
         f"{c['epochs']} epochs a task; mean ± standard deviation over {many}, in %. ACC: mean accuracy on all tasks after the last one. "
         "Forgetting: Chaudhry et al. (2018). Time: a training step, without evaluation and without the "
-        "work at the end of a task. SPG is defined for a head per task; here its one head is shared."
+        "work at the beginning and the end of a task. SPG is defined for a head per task; here its one head is shared."
     ]
     head = ("method", "settings", "ACC", "forgetting", "ms per step", "over naive")
     for s in result["streams"]:

@@ -1,4 +1,4 @@
-"""The plots: time relative to the yardstick where memory bounds an op, and microseconds per tensor where its calls do."""
+"""The plots: time relative to the yardstick where memory bounds an op, microseconds per tensor where its calls do, optimizer steps."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def captions(result: Record) -> list[tuple[str, str]]:
         out.append((f"{name}-memory.png", "Time over GPT-2 small's tensors relative to the yardstick, by implementation"))
     if _tiny(result):
         out.append((f"{name}-calls.png", "Microseconds per tensor for lists of small tensors, by implementation"))
+    if result["optimizers"]:
+        out.append((f"{name}-optimizers.png", "Time of an optimizer's step relative to torch's fused AdamW without a transform"))
     return out
 
 
@@ -114,11 +116,27 @@ def _draw_tiny(result: Record, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def _draw_optimizers(result: Record, path: Path) -> None:
+    records = [c for c in result["optimizers"] if c["size"] == "gpt2-small"] or result["optimizers"]
+    title = "GPT-2 small, optimizer step: time relative to torch's fused AdamW without a transform"
+    note = f"1 (dashed) is torch.optim.AdamW(fused=True) alone; the other rivals transform the gradient first.\n{_where(result)}"
+    figure, axes = _figure(len(records), title, note, "time / torch fused (lower is better)")
+    for axis, c in zip(axes, records, strict=True):
+        bare = c["providers"]["torch fused"]["median_ms"]
+        rows = [(n, _value(c["providers"][n], 1 / bare)) for n in _names(c)]
+        _panel(axis, f"{c['op']}  (torch fused {bare:.1f} ms)", rows, " x")
+        axis.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    figure.savefig(path, metadata={"Software": None})
+
+
+DRAWN = {"memory": _draw_bound, "calls": _draw_tiny, "optimizers": _draw_optimizers}
+
+
 def draw(result: Record, folder: Path) -> list[Path]:
     """Draw every plot of a result into ``folder``."""
     out = []
     for file, _ in captions(result):
         path = folder / file
-        (_draw_bound if file.endswith("-memory.png") else _draw_tiny)(result, path)
+        DRAWN[path.stem.rpartition("-")[2]](result, path)
         out.append(path)
     return out

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import machine, methods_report, targets
+from bench import bench_optim, machine, methods_report, targets
 from bench.cells import ORDER
 from bench.tables import number, table
 
@@ -30,6 +30,10 @@ DEMO = machine.ROOT / "docs" / "demo"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
 NOTHING: dict[str, Any] = {"streams": []}
+OPTIMIZERS = (
+    "The whole `optimizer.step()`. torch fused: `torch.optim.AdamW(fused=True)` without the transform, which the others do besides; "
+    "official: as the methods' public code; eager and foreach: in-place torch ops, then torch fused."
+)
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
 
 
@@ -72,7 +76,7 @@ def _target_row(o: targets.Outcome) -> list[str]:
 def targets_table(result: Mapping[str, Any]) -> str:
     """Every target with its value and verdict."""
     head = ("op", "size", "dtype", "fastcl's", "must", "reach for", "measured", "verdict")
-    return table(head, [_target_row(o) for o in targets.evaluate(result["cells"], result["steps"])], text=(0, 1, 2, 3, 7))
+    return table(head, [_target_row(o) for o in targets.of(result)], text=(0, 1, 2, 3, 7))
 
 
 def cells_table(result: Mapping[str, Any]) -> str:
@@ -95,6 +99,20 @@ def cells_table(result: Mapping[str, Any]) -> str:
 
 def _places(cells: Sequence[str]) -> str:
     return ", ".join(cells) if len(cells) <= 3 else f"{len(cells)} cells, first {cells[0]}"
+
+
+def optimizers_table(result: Mapping[str, Any]) -> str:
+    """The optimizers' steps under every provider, and fastcl's relative to torch's fused AdamW without the transform."""
+    columns = [bench_optim.BARE, "official", "eager", "foreach", "fastcl", "yardstick"]
+    rows = []
+    for c in result["optimizers"]:
+        p = c["providers"]
+        shown = [number(p[name]["median_ms"]) if name in p else "-" for name in columns]
+        shown[columns.index("fastcl")] = f"**{shown[columns.index('fastcl')]}**"
+        relative = p["fastcl"]["median_ms"] / p[bench_optim.BARE]["median_ms"]
+        rows.append([c["op"], c["size"], c["dtype"], *shown, number(relative)])
+    head = ["optimizer step", "size", "dtype", *(f"{n}, ms" for n in columns), f"fastcl / {bench_optim.BARE}"]
+    return table(head, rows, text=range(3))
 
 
 def steps_table(result: Mapping[str, Any]) -> str:
@@ -144,6 +162,8 @@ def section(result: Mapping[str, Any], pictures: bool = True) -> str:
 
         parts += [f"![{caption}](bench/results/{file})" for file, caption in plots.captions(result)]
     parts.append(cells_table(result))
+    if result["optimizers"]:
+        parts += [OPTIMIZERS, optimizers_table(result)]
     if result["steps"]:
         parts.append(steps_table(result))
         parts.append(f"Memory: {result['settings']['memory']}.")
@@ -173,7 +193,8 @@ def demo(folder: Path = DEMO) -> str:
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results of ops by device name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
+    return {name: {"optimizers": [], **result} for name, result in found.items()}
 
 
 def load_methods(folder: Path) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ class Target:
 
 AGEM, KEPT = ("project_", "gpt2-small", "fp32"), ("project_, not violated", "gpt2-small", "fp32")
 GEM = ("gem_project_", "resnet18", "fp32")
+CHILD, FISHER = ("child_mask_", "gpt2-small", "fp32"), ("fisher_add_", "gpt2-small", "fp32")
 GPT, SPG = ("soft_mask_", "gpt2-small", "fp32"), ("spg_importance_", "gpt2-small", "fp32")
 QUANTILE = ("quantile", "gpt2-small", "fp32")
 STEP = "fp32 step"
@@ -78,11 +79,29 @@ TARGETS = (
     Target(*GEM, "speed", "official", 10.0, 20.0),
     Target("project_", "10000x64", "fp32", "speed", "official", 5.0, 15.0),
     Target(*QUANTILE, "speed", "official", 8.0, 20.0),
+    Target(*CHILD, "time", "yardstick", 2.5, 1.4),
+    Target(*CHILD, "speed", "official", 12.0, 25.0),
+    Target(*FISHER, "time", "yardstick", 1.2, 1.0),
     Target("A-GEM's projection", "ResNet-18, batch 32 of 64 x 64", STEP, "overhead", "none", 0.05, 0.02),
     Target(*AGEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*GEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*GPT, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*SPG, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*CHILD, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*FISHER, "memory", "P", 0.01, MEMORY_RESOLUTION),
+)
+
+
+FUSED = "torch fused"
+CHILD, COMPACT = ("AdamW + ChildMask", "gpt2-small", "fp32"), ("AdamW + FixedMask, compact", "gpt2-small", "fp32")
+OPTIMIZERS = (
+    Target("AdamW", "gpt2-small", "fp32", "speed", FUSED, 1.0, 1.2),
+    Target("AdamW + SoftMask", "gpt2-small", "fp32", "time", FUSED, 1.20, 1.14),
+    Target("AdamW + SoftMask, uint8", "gpt2-small", "fp32+uint8", "time", FUSED, 1.08, 1.04),
+    Target(*CHILD, "time", FUSED, 1.30, 1.10),
+    Target(*CHILD, "speed", "official", 6.0, 10.0),
+    Target(*COMPACT, "time", FUSED, 0.80, 0.65),
+    Target("AdamW + SoftMask", "10000x64", "fp32", "speed", "foreach", 2.0, 4.0),
 )
 
 
@@ -96,7 +115,12 @@ class Outcome:
     reason: str = ""
 
 
-def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = TARGETS) -> list[Outcome]:
+def of(result: Mapping[str, Any]) -> list[Outcome]:
+    """Every target's outcome in a whole result."""
+    return evaluate([*result["cells"], *result["optimizers"]], result["steps"])
+
+
+def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS)) -> list[Outcome]:
     """Hold a run's cells and training steps against the targets, in their order; every target has an outcome."""
     by_cell = {(r["op"], r["size"], r["dtype"]): r for r in records} | {(s["method"], s["model"], STEP): s for s in steps}
     out = []

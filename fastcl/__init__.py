@@ -1,6 +1,6 @@
 """fastcl: fused operators for continual learning in PyTorch."""
 
-from fastcl import ops, reference
+from fastcl import ops, optim, reference
 from fastcl._version import __version__
 from fastcl.backends import BackendUnavailable, use_backend
 from fastcl.bit_mask import BitMask
@@ -17,6 +17,7 @@ __all__ = [
     "gem_project_gradients_",
     "mask_gradients_",
     "ops",
+    "optim",
     "project_gradients_",
     "reference",
     "top_fraction_mask",

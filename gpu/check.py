@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "quantile", "bit_mask")]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5"]
+OPS = [f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull")]
 
 
 @dataclass

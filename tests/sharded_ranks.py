@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import math
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import sharded_optimizers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,13 +25,17 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcl import (
+    BitMask,
+    apply_gradient_mask_,
     backends,
     capture_gradients,
+    child_mask_gradients_,
     gem_project_gradients_,
     mask_gradients_,
     ops,
     project_gradients_,
     reference,
+    top_fraction_mask,
     use_backend,
 )
 from fastcl.data import ReservoirBuffer
@@ -212,6 +219,137 @@ def spg_nan_and_no_heads(world: int) -> None:
             assert mean.isnan()
 
 
+@check(*WORLDS)
+def child_mask(world: int) -> None:
+    """The mask of the whole tensors, however they are placed."""
+    for backend in serving():
+        for mesh, cases in meshes(world):
+            for dtype in (F32, BF16, F64):
+                grads = [random(c[0], dtype, n) + 1 for n, c in enumerate(cases)]
+                grads += [random((37, 65), dtype, 50) + 1, random((7, 3, 9), dtype, 51) + 1, random((64, 40), dtype, 52).t() + 1]
+                placements = [c[1] for c in cases] + [[Shard(d)] * mesh.ndim for d in (1, 2, 0)]
+                shards = [spread(g, mesh, p) for g, p in zip(grads, placements, strict=True)]
+                with CommDebugMode() as communication:
+                    ops.child_mask_(shards, 0.4, 2**64 - 5, 3)
+                assert communication.get_total_counts() == 0
+                reference.child_mask_(grads, 0.4, 2**64 - 5, 3)
+                for n, (a, b) in enumerate(zip(shards, grads, strict=True)):
+                    assert identical(whole(a), b), (backend, mesh, placements[n], dtype)
+
+
+@check(*WORLDS)
+def child_mask_of_models(world: int) -> None:
+    """FSDP2's gradients, some of which are missing, and every step another mask."""
+    for mesh in training_meshes(world):
+        single, model = Net(), sharded(Net(), mesh)
+        for step in range(3):
+            x, y = data(step)
+            for m in (single, model):
+                m.zero_grad()
+                nn.functional.cross_entropy(m(x), y).backward()
+                m.second.bias.grad = None
+                child_mask_gradients_(m, 0.5, seed=11, step=step)
+            masked = 0
+            for (name, p), own in zip(names(model).items(), single.parameters(), strict=True):
+                assert (p.grad is None) == (own.grad is None), name
+                if own.grad is not None:
+                    close(p.grad, own.grad)
+                    assert torch.equal(whole(p.grad) == 0, own.grad == 0), name
+                    masked += int((own.grad == 0).sum())
+            assert masked
+
+
+@check(*WORLDS)
+def ewc_pull(world: int) -> None:
+    for backend in serving():
+        for mesh, cases in meshes(world):
+            for dtypes in [(F32,) * 4, (BF16, F32, F32, BF16), (F64, BF16, F32, F64)]:
+                lists = [[random(c[0], d, 10 * k + n) for n, c in enumerate(cases)] for k, d in enumerate(dtypes)]
+                shards = [[spread(t, mesh, c[1]) for t, c in zip(tensors, cases, strict=True)] for tensors in lists]
+                with CommDebugMode() as communication:
+                    ops.ewc_pull_(*shards, 0.7)
+                assert communication.get_total_counts() == 0
+                reference.ewc_pull_(*lists, 0.7)
+                for n, (a, b) in enumerate(zip(shards[0], lists[0], strict=True)):
+                    assert identical(whole(a), b), (backend, mesh, cases[n], dtypes)
+
+
+@check(*WORLDS)
+def fisher_add(world: int) -> None:
+    """The norm is that of the whole tensor."""
+    for backend in serving():
+        for mesh, cases in meshes(world):
+            for stored, dtype in [(F32, F32), (F64, F64), (F32, BF16), (BF16, F32)]:
+                for max_norm in (None, 0.7, 1e3):
+                    fisher = [random(c[0], stored, n) for n, c in enumerate(cases)]
+                    grads = [random(c[0], dtype, 50 + n) - 0.5 for n, c in enumerate(cases)]
+                    shards, others = ([spread(t, mesh, c[1]) for t, c in zip(x, cases, strict=True)] for x in (fisher, grads))
+                    with CommDebugMode() as communication:
+                        ops.fisher_add_(shards, others, 0.25, max_norm)
+                    assert communication.get_total_counts() == (max_norm is not None)
+                    reference.fisher_add_(fisher, grads, 0.25, max_norm)
+                    case = (backend, mesh, stored, dtype, max_norm)
+                    for n, (a, b) in enumerate(zip(shards, fisher, strict=True)):
+                        if max_norm is None:
+                            assert identical(whole(a), b), (case, cases[n])
+                        else:
+                            wide = unit_roundoff(F64 if F64 in (stored, dtype) else F32)
+                            torch.testing.assert_close(whole(a), b, rtol=2 * unit_roundoff(stored) + 8 * wide, atol=0, msg=str(case))
+
+
+@check(2)
+def fisher_without_a_number(world: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for _ in serving():
+        g = [torch.ones(6, 2), torch.ones(3)]
+        g[0][5, 1] = float("nan")
+        shards = [spread(torch.zeros_like(t), mesh, [Shard(0)]) for t in g]
+        ops.fisher_add_(shards, [spread(t, mesh, [Shard(0)]) for t in g], 1.0, 1.0)
+        assert whole(shards[0]).isnan().all()
+        assert whole(shards[1]).isfinite().all()
+
+
+@check(2)
+def masks_errors(world: int) -> None:
+    mesh, other = init_device_mesh("cpu", (2,)), DeviceMesh("cpu", [1, 0])
+    a, b = torch.rand(4, 6), torch.rand(4, 6)
+    shard, across = ([spread(t, mesh, [p]) for t in (a, b)] for p in (Shard(0), Shard(1)))
+    partial = DTensor.from_local(a.clone(), mesh, [Partial()])
+    elsewhere = spread(b, other, [Shard(0)])
+    child = ops.child_mask_
+    refused(TypeError, r"grads\[1\] has the placements .*Partial", child, [shard[0], partial], 0.5, 0, 0)
+    refused(ValueError, r"grads\[1\] lives on", child, [shard[0], elsewhere], 0.5, 0, 0)
+    refused(ValueError, "keep must be in", child, shard, 0.0, 0, 0)
+    refused(ValueError, "step must be an integer in", child, shard, 0.5, 0, 2**32)
+    refused(ValueError, r"grads\[0\] requires grad", child, [shard[0].detach().requires_grad_()], 0.5, 0, 0)
+    refused(ValueError, "share memory", child, [shard[0], shard[0]], 0.5, 0, 0)
+    for max_norm in (None, 1.0):
+        fisher = lambda f, g, norm=max_norm: ops.fisher_add_(f, g, 1.0, norm)  # noqa: E731
+        refused(ValueError, r"grads\[0\] has the placements .*must match", fisher, shard[:1], across[:1])
+        refused(TypeError, r"grads\[0\] is a plain tensor", fisher, shard[:1], [b])
+        refused(TypeError, r"fisher\[0\] has the placements .*Partial", fisher, [partial], shard[:1])
+        refused(ValueError, "has 1 tensors", fisher, shard, shard[:1])
+        refused(ValueError, r"grads\[0\] has shape \(4, 1\)", fisher, shard[:1], [spread(b[:, :1], mesh, [Shard(0)])])
+        refused(ValueError, r"fisher\[0\] requires grad", fisher, [shard[0].detach().requires_grad_()], shard[1:])
+    refused(ValueError, "max_norm must be", ops.fisher_add_, shard[:1], shard[1:], 1.0, 0.0)
+    pull = ops.ewc_pull_
+    refused(ValueError, r"params\[0\] has the placements .*must match", pull, shard[:1], across[:1], shard[1:], shard[1:], 1.0)
+    refused(TypeError, r"precision\[0\] is a plain tensor", pull, shard[:1], shard[1:], [b], shard[1:], 1.0)
+    refused(ValueError, r"anchor\[0\] lives on", pull, shard[:1], shard[1:], shard[1:], [elsewhere], 1.0)
+    refused(ValueError, "strength must be", pull, shard[:1], shard[1:], shard[1:], shard[1:], -1.0)
+
+
+@check(4)
+def strided_shards(world: int) -> None:
+    """Tensor parallelism under FSDP2 along one dimension: a rank's rows do not lie in one piece."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    own = spread(torch.ones(8, 3), mesh, [Shard(0), Shard(0)]).to_local().clone()
+    t = DTensor.from_local(own, mesh, [_StridedShard(0, split_factor=2), Shard(0)], run_check=False)
+    refused(ValueError, r"grads\[0\] has the placements .*_StridedShard", ops.child_mask_, [t], 0.5, 0, 0)
+
+
 @check(2, 4)
 def ranks_differ_in_size_of_mean(world: int) -> None:
     """Every rank holds another constant: all of the variance lies between the ranks, far from the first part's shift."""
@@ -299,6 +437,10 @@ def versions(world: int) -> None:
         lambda y: ops.soft_mask_([y], [i]),
         lambda y: ops.emax_([y], [i]),
         lambda y: ops.spg_importance_([y], [[i]]),
+        lambda y: ops.child_mask_([y], 0.5, 0, 0),
+        lambda y: ops.fisher_add_([y], [i]),
+        lambda y: ops.fisher_add_([y], [i], 1.0, 1.0),
+        lambda y: ops.ewc_pull_([y], [i], [i], [i], 1.0),
     ):
         for of in (lambda y: y, lambda y: y.to_local()):
             x = spread(torch.rand(5, 3), mesh, [Shard(0)]).requires_grad_()
@@ -323,7 +465,16 @@ def compiled(world: int) -> None:
         mean = ops.spg_importance_([a], [[g * 2]])
         return a * mean
 
-    for function, modes in ((mask, (True, False)), (accumulate, (False,))):
+    def child(g: Tensor, i: Tensor) -> Tensor:
+        double = g * 2
+        ops.child_mask_([g, double, i], 0.5, 1, 2)
+        return g + double + i
+
+    def fisher(f: Tensor, g: Tensor) -> Tensor:
+        ops.fisher_add_([f], [g * 2], 0.5, 1.0)
+        return f + g
+
+    for function, modes in ((mask, (True, False)), (child, (False,)), (accumulate, (False,)), (fisher, (False,))):
         for fullgraph in modes:
             eager = [spread(random((5, 3), F32, n), mesh, [Shard(0)]) for n in (1, 2)]
             traced = [t.clone() for t in eager]
@@ -720,6 +871,90 @@ def methods_with_a_memory(world: int) -> None:
             assert times == projected
             for name, p in single.items():
                 torch.testing.assert_close(whole(run[name].detach()), p.detach(), rtol=1e-9, atol=1e-10)
+
+
+@check(*WORLDS)
+def quantiles(world: int) -> None:
+    """The whole tensors' quantile, with the same bits on every rank; one sum over the ranks for each digit."""
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtypes, levels in (((F32, F32), 3), ((BF16, F32), 3), ((F64, F32), 6)):
+                held = [random(c[0], F64, n).mul(8).round().div(9).to(dtypes[n % 2]) for n, c in enumerate(cases)]
+                shards = [spread(t, mesh, c[1]) for t, c in zip(held, cases, strict=True)]
+                for q in (0.0, 0.3, 1 / 3, 1.0):
+                    with CommDebugMode() as communication:
+                        value = ops.quantile(shards, q)
+                    assert communication.get_total_counts() == levels
+                    expected = numpy.quantile(torch.cat([t.double().flatten() for t in held]).numpy(), q)
+                    assert not isinstance(value, DTensor)
+                    assert float(value) == float(expected), (mesh, dtypes, q)
+                    same_everywhere(value)
+                masks = top_fraction_mask(shards, 0.4)
+                threshold = reference.quantile(held, (100 * (1 - 0.4)) / 100)
+                for n, (m, t, s) in enumerate(zip(masks, held, shards, strict=True)):
+                    assert torch.equal(whole(m.to_bool()), t.double() >= threshold), (mesh, cases[n])
+                    assert isinstance(m.to_bool(), DTensor) == isinstance(s, DTensor)
+                    assert m.shape == t.shape
+                    assert int(m.count()) == int((t.double() >= threshold).sum()), (mesh, cases[n])
+                    assert BitMask.from_bool(m.to_bool()) == m
+                nan = [t.clone() for t in held]
+                nan[0][4, 1] = float("nan")
+                value = ops.quantile([spread(t, mesh, c[1]) for t, c in zip(nan, cases, strict=True)], 0.5)
+                assert value.isnan()
+
+
+@check(*WORLDS)
+def bit_masks(world: int) -> None:
+    for _ in serving():
+        for mesh, cases in meshes(world):
+            for dtype in (F32, BF16, F64):
+                held = [random(c[0], dtype, n) for n, c in enumerate(cases)]
+                chosen = [random(c[0], F64, 70 + n) < 0.5 for n, c in enumerate(cases)]
+                shards = spread_all(held, mesh, cases)
+                masks = [BitMask.from_bool(spread(m, mesh, c[1])) for m, c in zip(chosen, cases, strict=True)]
+                versions = [t._version for t in shards]
+                with CommDebugMode() as communication:
+                    ops.bit_mask_(shards, masks)
+                assert communication.get_total_counts() == 0
+                assert all(t._version > v for t, v in zip(shards, versions, strict=True))
+                for s, t, m in zip(shards, held, chosen, strict=True):
+                    assert identical(whole(s), torch.where(m, t, torch.zeros_like(t)))
+    model = sharded(Net(), init_device_mesh("cpu", (world,)))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    chosen_by_name = {"first.weight": torch.zeros_like(model.first.weight, dtype=torch.bool)}
+    apply_gradient_mask_(model, chosen_by_name)
+    for name, p in model.named_parameters():
+        assert bool((whole(p.grad) == (name not in chosen_by_name)).all()), name
+
+
+@check(2)
+def bit_mask_errors(world: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    a = torch.rand(4, 6)
+    mask = a < 0.5
+    shard, plain = spread(a, mesh, [Shard(0)]), BitMask.from_bool(mask)
+    placed = BitMask.from_bool(spread(mask, mesh, [Shard(0)]))
+    across = BitMask.from_bool(spread(mask, mesh, [Shard(1)]))
+    refused(ValueError, r"grads\[0\] is a DTensor with the placements .* is no mask of a DTensor", ops.bit_mask_, [shard], (plain,))
+    refused(ValueError, r"grads\[0\] is a DTensor .* and masks\[0\] is no mask", ops.bit_mask_, [shard], (placed.bits,))
+    refused(ValueError, r"masks\[0\] has .*Shard\(dim=1\)", ops.bit_mask_, [shard], (across,))
+    refused(TypeError, r"masks\[0\] is of a DTensor .* and grads\[0\] a plain tensor", ops.bit_mask_, [a], (placed,))
+    refused(ValueError, "share memory", ops.bit_mask_, [shard, shard], (placed, placed))
+    refused(ValueError, r"grads\[0\] requires grad", ops.bit_mask_, [shard.detach().requires_grad_()], (placed,))
+    refused(TypeError, r"tensors\[0\] has the placements .*Partial", ops.quantile, [DTensor.from_local(a.clone(), mesh, [Partial()])], 0.5)
+    refused(TypeError, r"tensors\[0\] has dtype int64", ops.quantile, [spread(torch.arange(4), mesh, [Shard(0)])], 0.5)
+    refused(TypeError, r"tensors\[1\] has dtype int64", ops.quantile, [shard, torch.arange(4)], 0.5)
+    refused(ValueError, "tensors has no element", ops.quantile, [spread(torch.zeros(0, 3), mesh, [Shard(0)])], 0.5)
+    refused(ValueError, r"q must be in", ops.quantile, [shard], 1.5)
+    with pytest.raises(ValueError, match="belongs to a DTensor"):
+        placed.to_tensors()
+    assert copy.deepcopy(placed) == placed
+    assert placed != plain
+    assert placed != across
+
+
+CHECKS |= sharded_optimizers.CHECKS
 
 
 def main() -> None:

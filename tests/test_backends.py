@@ -92,12 +92,17 @@ CALLS = {
     "soft_mask_": lambda: ops.soft_mask_([torch.ones(3)], [torch.ones(3)]),
     "emax_": lambda: ops.emax_([torch.ones(3)], [torch.ones(3)]),
     "spg_importance_": lambda: ops.spg_importance_([torch.ones(3)], [[torch.ones(3)]]),
+    "adamw_": lambda: ops.adamw_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(())], lr=0.1),
+    "sgd_": lambda: ops.sgd_([torch.ones(3)], [torch.ones(3)], lr=0.1),
     "grad_dot": lambda: ops.grad_dot([torch.ones(3)], [torch.ones(3)]),
     "gram": lambda: ops.gram([[torch.ones(3)]]),
     "project_": lambda: ops.project_([torch.ones(3)], [torch.ones(3)]),
     "quantile": lambda: ops.quantile([torch.ones(3)], 0.5),
     "bit_mask_": lambda: ops.bit_mask_([torch.ones(3)], [torch.ones(1, dtype=torch.uint8)]),
     "gem_project_": lambda: ops.gem_project_([torch.ones(3)], [[torch.ones(3)]]),
+    "child_mask_": lambda: ops.child_mask_([torch.ones(3)], 0.5, 0, 0),
+    "fisher_add_": lambda: ops.fisher_add_([torch.ones(3)], [torch.ones(3)], 1.0, 1.0),
+    "ewc_pull_": lambda: ops.ewc_pull_(*[[torch.ones(3)] for _ in range(4)], 1.0),
 }
 
 

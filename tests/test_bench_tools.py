@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))  # last: an installed fastcl stays the one that is te
 pytest.importorskip("rich", reason="the benchmarks need pip install 'fastcl[bench]'")
 pytest.importorskip("matplotlib", reason="the benchmarks need pip install 'fastcl[bench]'")
 
-from bench import bench_step, compare, machine, measure, methods, methods_report, plots, report, targets, yardstick  # noqa: E402
+from bench import bench_optim, bench_step, compare, machine, measure, methods, methods_report, plots, report, targets, yardstick  # noqa: E402
 from bench.cells import DTYPES, Cell, CompileTimeout, Workload, cells, deadline, providers  # noqa: E402
 from fastcl.testing import CASES, SIZES  # noqa: E402
 
@@ -56,7 +56,7 @@ def result(*records: dict, name: str = "cpu") -> dict:
     }
     mask = {**provider(10.0), "overhead_percent": {"median": 1.5, "low": 1.0, "high": 2.0}, "peak_bytes_over_none": 0}
     step = {"model": "MLP", "parameters": 10_000_000, "rounds": 5, "method": "SPG's mask", "variants": {"none": mask, "fastcl": mask}}
-    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "steps": [step]}
+    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "optimizers": [], "steps": [step]}
 
 
 GPT = record("soft_mask_", "gpt2-small", "fp32", official=90.0, eager=70.0, foreach=50.0, compile=35.0, fastcl=34.0, yardstick=33.0)
@@ -162,7 +162,7 @@ def test_memory_is_a_share_of_the_gradients_bytes():
 def test_a_miss_is_shown_as_missed_and_a_gap_as_not_measured():
     slow = record("soft_mask_", "gpt2-small", "fp32", {"compile": "no compiler"}, eager=70.0, fastcl=40.0, yardstick=33.0)
     lines = report.targets_table(result(slow)).splitlines()
-    assert len(lines) == 2 + len(targets.TARGETS)
+    assert len(lines) == 2 + len(targets.TARGETS) + len(targets.OPTIMIZERS)
     (against_yardstick,) = [x for x in lines if "soft_mask_` | gpt2-small | fp32 | speed, relative to yardstick" in x]
     assert against_yardstick.endswith("| 0.825 x | **missed** |")
     (against_compile,) = [x for x in lines if "soft_mask_" in x and "relative to compile" in x]
@@ -178,6 +178,10 @@ def test_targets_name_cells_that_the_default_run_measures():
     )
     for t in [t for t in targets.TARGETS if t.kind != "overhead"]:
         assert t.kind == "memory" or t.against in providers(default[(t.op, t.size, t.dtype)], "cpu"), t
+    for t in targets.OPTIMIZERS:
+        row = bench_optim.ROWS[t.op]
+        assert (t.op, t.size, t.dtype) in [(name, size, row.dtype) for name, size in bench_optim.pairs()], t
+        assert t.against in (bench_optim.BARE, *row.providers), t
 
 
 def test_tables_hold_what_was_measured_and_what_was_not_run():
@@ -426,7 +430,7 @@ def test_yardstick_moves_the_bytes_of_the_case(op, dtype):
     amount = yardstick.traffic(CASES[op], 1000, gradient, stored)
     assert amount.total == 1000 * CASES[op].bytes_per_element(gradient.itemsize, stored.itemsize)
     # Streams that are read before a write.
-    first = {"spg_importance_": 1, "project_": 2, "project_, not violated": 2, "gem_project_": 20, "quantile": 1}
+    first = {"spg_importance_": 1, "project_": 2, "project_, not violated": 2, "gem_project_": 20, "quantile": 1, "fisher_add_": 1}
     if gradient == stored:
         assert amount.read == 1000 * gradient.itemsize * first.get(op, 0)
     yardstick.build(amount, "cpu")()
@@ -453,7 +457,11 @@ def test_every_provider_of_a_cell_does_the_ops_work_from_the_same_inputs(op, dty
     assert any(not torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True)) == (work.cell.amount.sweep > 0)
     tolerance = 1.01 if work.args[0][0].dtype == torch.uint8 else 0.02
     for name, values in outcome.items():
-        for value, ours in zip(values, outcome["fastcl"], strict=True):
+        for value, ours, start in zip(values, outcome["fastcl"], before, strict=True):
+            if CASES[op].random:  # which elements are kept is another rival's own; kept ones have one value
+                kept = (value != 0) & (ours != 0)
+                value, ours = value.where(kept, 0), ours.where(kept, 0)
+                assert bool((start != 0).any())
             torch.testing.assert_close(value, ours, rtol=0.02, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
     work.reset()
     assert all(torch.equal(b, a) for b, a in zip(before, work.args[0], strict=True))
@@ -507,3 +515,45 @@ def test_the_overhead_of_a_step_is_a_target():
         (outcome,) = targets.evaluate([], [step], [target])
         assert outcome.verdict == verdict
     assert targets.evaluate([], [], [target])[0].verdict == "not measured"
+
+
+@pytest.mark.parametrize("name", [n for n in bench_optim.ROWS if n != "AdamW + ChildMask"])  # which draws
+def test_every_provider_of_an_optimizer_does_the_same_step(monkeypatch, name):
+    monkeypatch.setitem(SIZES, "400x64", [(5, 7), (64,), (), (3, 1, 2)])
+    problem = bench_optim.Problem("400x64", "cpu")
+    calls = bench_optim.build(name, problem)
+    before = [p.detach().clone() for p in problem.made[0]]
+    for call in calls.values():
+        problem.restore()
+        call()
+    bare, *others = problem.made
+    assert not any(torch.equal(a, b) for a, b in zip(bare, before, strict=True))
+    for params in others:
+        for mine, reference in zip(params, others[0], strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+    if name != "AdamW":
+        assert any((a - b).abs().max() > 1e-5 for a, b in zip(bare, others[0], strict=True))
+
+
+def test_the_childs_masks_keep_as_many_gradients_in_every_provider(monkeypatch):
+    monkeypatch.setitem(SIZES, "400x64", [(400, 50)])
+    problem = bench_optim.Problem("400x64", "cpu")
+    calls = bench_optim.build("AdamW + ChildMask", problem)
+    starts = [params[0].detach().clone() for params in problem.made]
+    for call in calls.values():
+        problem.restore()
+        call()
+    _, *children = [(p[0] - s * (1 - bench_optim.LR * bench_optim.DECAY)).abs() > 1e-5 for p, s in zip(problem.made, starts, strict=True)]
+    for moved in children:
+        assert moved.float().mean().item() == pytest.approx(bench_optim.KEEP, abs=0.02)
+
+
+def test_optimizers_are_held_against_torchs_and_shown():
+    row = record("AdamW + ChildMask", "gpt2-small", "fp32", torch_fused=100.0, official=900.0, fastcl=120.0, yardstick=80.0)
+    whole = {**result(GPT), "optimizers": [row]}
+    assert "| AdamW + ChildMask | gpt2-small | fp32 | 100 | 900 | - | - | **120** | 80.0 | 1.20 |" in report.optimizers_table(whole)
+    lines = [x for x in report.targets_table(whole).splitlines() if "AdamW + ChildMask" in x]
+    assert [x.split("|")[-3:-1] for x in lines] == [[" 1.20 x ", " met "], [" 7.50 x ", " met "]]
+    assert ("cpu-optimizers.png", "Time of an optimizer's step relative to torch's fused AdamW without a transform") in plots.captions(
+        whole
+    )

@@ -85,7 +85,7 @@ class TestRun:
         options = [part for n, v in given.items() for part in ([f"--{n.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
         assert fastcl(capsys, "run", *options, "--out", tmp_path)[0] == 0
         assert read_config(tmp_path / "config.json") == Config.of(**given)
-        assert FIELDS.keys() - given.keys() == {"shuffle_classes", "root", "weight", "strength"}
+        assert FIELDS.keys() - given.keys() == {"shuffle_classes", "root", "weight", "strength", "gamma", "child"}
         help_ = fastcl(capsys, "run", "--help")[1]
         assert [n for n in FIELDS if f"--{n.replace('_', '-')} " not in help_ + " "] == []
 
@@ -152,7 +152,8 @@ class TestRun:
             (["--lr", "nan"], "--lr must be a finite number above 0; got nan"),
             (["--batch-size", "-4"], "--batch-size must be a whole number from 1 to 2147483647; got -4"),
             (["--method", "agem", "--buffer", "3"], "--buffer must be at least 5, a sample for each task, with keep=task; got 3"),
-            (["--method", "spg", "--strength", "2"], "--strength must be a number in [0, 1]; got 2.0"),
+            (["--method", "spg", "--strength", "2"], "--strength must be a number in [0, 1] for spg; got 2.0"),
+            (["--method", "child-tuning-d", "--child", "0"], "--child must be a number in (0, 1]; got 0.0"),
             (["--device", "cuda:99"], "--device must be a device that torch sees here: cpu, cuda or cuda:N; got 'cuda:99'"),
             (["--root", "/x"], "--root is for data sets on disk; the digits come with scikit-learn. Got '/x'"),
             (["--stream", "permuted-digits", "--shuffle-classes"], "shuffle_classes is for split streams"),
@@ -221,6 +222,17 @@ class TestCompare:
             "split-digits-class-5-matrices.png",
         ]
         assert out.endswith(f"written to {tmp_path / 'c'}\n")
+
+    def test_ewc_and_child_tuning(self, capsys, runs, tmp_path) -> None:
+        small, folders = ["--epochs", "1", "--width", "16", "--depth", "1"], [runs / "naive"]
+        for method in ("ewc", "ewc-online", "child-tuning-f", "child-tuning-d"):
+            folders.append(tmp_path / method)
+            status, out, err = fastcl(capsys, "run", *small, "--method", method, "--out", folders[-1])
+            assert (status, err) == (0, "")
+        status, out, err = fastcl(capsys, "compare", *folders, "--out", tmp_path / "c")
+        assert (status, err) == (0, "")
+        table = [line for line in out.splitlines() if line.count("│") > 3]
+        assert [line.split("│")[1].strip() for line in table] == ["naive", "ewc", "ewc-online", "child-tuning-f", "child-tuning-d"]
 
     def test_a_glob_over_its_own_output(self, capsys, runs) -> None:
         """As `fastcl compare runs/*` called twice: the folder it wrote lies among the runs."""

@@ -73,7 +73,10 @@ class TestConfig:
         ("given", "message"),
         [
             ({"stream": "mnist"}, "stream must be one of split-digits, permuted-digits, .*; got 'mnist'"),
-            ({"method": "sgd"}, "method must be one of naive, agem, gem, replay, spg, joint; got 'sgd'"),
+            (
+                {"method": "sgd"},
+                "method must be one of naive, agem, gem, replay, spg, ewc, ewc-online, child-tuning-f, child-tuning-d, joint; got 'sgd'",
+            ),
             ({"scenario": "none"}, "scenario must be one of class, task, domain; got 'none'"),
             ({"stream": "permuted-digits", "scenario": "class"}, "scenario of permuted-digits must be one of domain, task; got 'class'"),
             ({"epochs": 0}, "epochs must be a whole number from 1 to 2147483647; got 0"),
@@ -82,7 +85,12 @@ class TestConfig:
             ({"lr": math.nan}, "lr must be a finite number above 0; got nan"),
             ({"lr": "0.1"}, "lr must be a finite number above 0; got '0.1'"),
             ({"method": "gem", "margin": -1}, "margin must be a finite number from 0; got -1"),
-            ({"method": "spg", "strength": 1.5}, r"strength must be a number in \[0, 1\]; got 1.5"),
+            ({"method": "spg", "strength": 1.5}, r"strength must be a number in \[0, 1\] for spg; got 1.5"),
+            ({"method": "ewc", "strength": -1}, "strength must be a finite number from 0; got -1"),
+            ({"method": "ewc", "gamma": 0.5}, "gamma is no setting of the method ewc; got 0.5"),
+            ({"method": "ewc-online", "gamma": 1.5}, r"gamma must be a number in \[0, 1\]; got 1.5"),
+            ({"method": "child-tuning-f", "child": 0}, r"child must be a number in \(0, 1\]; got 0"),
+            ({"method": "child-tuning-d", "child": "0.3"}, r"child must be a number in \(0, 1\]; got '0.3'"),
             ({"method": "naive", "buffer": 100}, "buffer is no setting of the method naive; got 100"),
             ({"method": "agem", "memory_batch": 0}, "memory_batch must be a whole number from 1 for agem; got 0"),
             ({"method": "replay", "keep": "all"}, "keep must be one of task, class, reservoir; got 'all'"),
@@ -172,10 +180,46 @@ class TestTraining:
 
     def test_the_methods_are_what_differs(self, tmp_path) -> None:
         """The model, the data and the order of the batches are the same for all methods of a seed."""
-        results = {m: run(small(method=m, tasks=2), tmp_path / m)[0] for m in ("naive", "agem", "replay", "spg")}
+        results = {m: run(small(method=m, tasks=2), tmp_path / m)[0] for m in METHODS if m != "joint"}
         assert len({json.dumps(r.baseline) for r in results.values()}) == 1
         assert len({json.dumps(r.matrix[0]) for r in results.values()}) == 1, "the first task is plain training for all of these"
         assert len({json.dumps(r.matrix[1]) for r in results.values()}) > 1
+
+    def test_a_task_is_begun_with_its_own_data_before_it_is_trained(self, tmp_path, monkeypatch) -> None:
+        told: list = []
+
+        def start(learner, loader):
+            told.append(("start", learner.tasks_seen, torch.cat([y for _, y in loader]).unique().tolist()))
+
+        row = METHODS["child-tuning-f"]
+        end = row._replace(start_task=start, end_task=lambda learner, loader: (told.append("end"), row.end_task(learner, loader)))
+        monkeypatch.setitem(METHODS, "child-tuning-f", end)
+        run(small(method="child-tuning-f", tasks=2), tmp_path)
+        assert told == [("start", 0, [0, 1, 2, 3, 4]), "end", ("start", 1, [5, 6, 7, 8, 9]), "end"]
+
+    @pytest.mark.parametrize("method", ["child-tuning-f", "child-tuning-d"])
+    def test_only_a_child_network_moves_from_the_second_task_on(self, tmp_path, monkeypatch, method) -> None:
+        moved: list = []
+        backward = Training.stage
+
+        def stage(self, after_epoch):
+            before = [p.detach().clone() for p in self.net.parameters()]
+            result = backward(self, after_epoch)
+            moved.append([float((p != old).double().mean()) for p, old in zip(self.net.parameters(), before, strict=True)])
+            return result
+
+        monkeypatch.setattr(Training, "stage", stage)
+        config = small(method=method, tasks=2, stream="permuted-digits", batch_size=10_000, child=0.25)  # a step for each task
+        run(config, tmp_path)
+        naive = tmp_path / "naive"
+        first, second = moved
+        run(small(method="naive", tasks=2, stream="permuted-digits", batch_size=10_000), naive)
+        assert first == moved[2], "the first task is plain"
+        assert second[0] < 0.5 * moved[3][0]
+        if method == "child-tuning-d":
+            assert second[-2:] == moved[3][-2:], "the head is always trained"
+        else:
+            assert second[-2] < 0.5 * moved[3][-2]
 
     def test_seeds_differ_and_repeat(self, tmp_path) -> None:
         config = small(seeds=2, stream="permuted-digits", tasks=2)
@@ -330,6 +374,9 @@ class TestKilled:
             ("replay", ["epoch 5"]),
             ("gem", ["task 2"]),
             ("spg", ["epoch 4"]),
+            ("ewc-online", ["epoch 4", "task 2"]),
+            ("child-tuning-f", ["epoch 4"]),
+            ("child-tuning-d", ["task 1", "epoch 3"]),  # its mask is chosen anew
             ("joint", ["epoch 1"]),
         ],
     )

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parent / "native"
-SUITES = ("scalars", "layout", "ops", "projection", "optimizers")
+SUITES = ("scalars", "layout", "ops", "projection", "quantile", "child_mask", "fisher", "optimizers")
 pytest.importorskip("pybind11")
 pytest.importorskip("hypothesis")
 
@@ -70,4 +70,4 @@ def test_thread_sanitizer() -> None:
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements() -> None:
-    _run("plain", ("ops",), "-m", "slow")
+    _run("plain", ("ops", "quantile"), "-m", "slow")

@@ -220,7 +220,11 @@ void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& po
       const auto own = AdamW<C>::make(scalars.of(tensor));
       if constexpr (std::is_same_v<C, float>)
         if (fuses(sweep, block, run, done, n, own, rule.hf)) return;
-      const C* x = block.transformed(sweep, run, done, n);
+      // Packing selects by itself.
+      const auto& transforms = inputs.transforms;
+      const bool selects = run.item.compact && !transforms.empty() && transforms.back().kind == TransformKind::fixed_mask &&
+                           transforms.back().operand[tensor].data == inputs.bits[tensor].data;
+      const C* x = block.transformed(sweep, run, done, n, transforms.size() - size_t(selects));
       char* param = run.at(GradientSweep::kParam, done);
       with_param<C>(run.slots[GradientSweep::kParam].dtype, [&](auto t) {
         auto* p = reinterpret_cast<typename decltype(t)::type*>(param);

@@ -118,7 +118,7 @@ bool has_avx512() {
 
 }  // namespace
 
-int64_t count_bits(const uint8_t* bits, int64_t begin, int64_t end) {
+FASTCL_CLONES int64_t count_bits(const uint8_t* bits, int64_t begin, int64_t end) {
   int64_t count = 0;
   for (; begin < end; begin += 64) count += __builtin_popcountll(bits_at(bits, begin, std::min<int64_t>(64, end - begin)));
   return count;

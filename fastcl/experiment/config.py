@@ -91,7 +91,11 @@ class Config:
     weight: float | None = _option("factor of the memory's loss", _ABOVE_0)
     margin: float | None = _option("least coefficient of every memory in a projection", _FROM_0)
     ridge: float | None = _option("added to the diagonal of the memories' Gram matrix", _FROM_0)
-    strength: float | None = _option("how much of the importance protects, from 0 to 1", _UNIT)
+    strength: float | None = _option("spg: how much of the importance protects, from 0 to 1; ewc: of the pull, from 0", _FROM_0)
+    gamma: float | None = _option("what is left of the past's Fisher information after another task", _UNIT)
+    child: float | None = _option(
+        "fraction of the elements that a child network keeps", ("a number in (0, 1]", lambda v: _number(v) and 0 < v <= 1)
+    )
 
     def __post_init__(self) -> None:
         for name, field in FIELDS.items():
@@ -105,6 +109,8 @@ class Config:
             raise ValueError(f"first_seed must leave {self.seeds} seeds below 2**63; got {self.first_seed}")
         if self.memory_batch == 0 and self.method != "gem":
             raise ValueError(f"memory_batch must be a whole number from 1 for {self.method}; got 0")
+        if self.method == "spg" and self.strength is not None and self.strength > 1:
+            raise ValueError(f"strength must be a number in [0, 1] for spg; got {self.strength}")
         if self.scenario not in STREAMS[self.stream].scenarios:
             raise ValueError(f"scenario of {self.stream} must be one of {', '.join(STREAMS[self.stream].scenarios)}; got {self.scenario!r}")
 

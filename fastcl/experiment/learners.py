@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fastcl.data import Batches, Buffer, ClassBalancedBuffer, ReservoirBuffer, TaskBalancedBuffer
 from fastcl.experiment.model import Net
-from fastcl.methods import AGEM, GEM, SPG, Joint, Naive, Replay
+from fastcl.methods import AGEM, EWC, GEM, SPG, ChildTuning, Joint, Naive, Replay
 
 if TYPE_CHECKING:
     from fastcl.experiment.config import Config
@@ -38,8 +39,16 @@ def _end_with_loss(learner: Any, loader: Batches) -> None:
     learner.end_task(loader, cross_entropy)
 
 
+def _plain_start(learner: Any, loader: Batches) -> None:
+    """Most methods begin a task without a word."""
+
+
+def _start_with_loss(learner: Any, loader: Batches) -> None:
+    learner.start_task(loader, cross_entropy)
+
+
 class Row(NamedTuple):
-    """A method: one line of help, its settings with their defaults, how it is built from a model and a generator, how a task ends.
+    """A method: one line of help, its settings with their defaults, how it is built from a model and a generator, how tasks end and start.
 
     ``at_once``: it trains on all tasks together, so that only the last row of the accuracy matrix exists.
     """
@@ -48,6 +57,7 @@ class Row(NamedTuple):
     options: Mapping[str, Any]
     build: Callable[[Net, Config, torch.Generator], Learner]
     end_task: Callable[[Any, Batches], None] = _plain_end
+    start_task: Callable[[Any, Batches], None] = _plain_start
     at_once: bool = False
 
 
@@ -87,6 +97,23 @@ def _spg(net: Net, config: Config, generator: torch.Generator) -> Learner:  # no
     return SPG(net, net.heads, strength=config.options["strength"], shared=len(net.heads) == 1)
 
 
+def _ewc(net: Net, config: Config, generator: torch.Generator) -> Learner:
+    o = config.options
+    forward = _with_head if len(net.heads) > 1 else None
+    return EWC(net, strength=o["strength"], gamma=o.get("gamma"), forward=forward, seed=_drawn(generator))
+
+
+def _child_tuning(variant: str, net: Net, config: Config, generator: torch.Generator) -> Learner:
+    forward, competing = _with_head if len(net.heads) > 1 else None, "body" if variant == "D" else None
+    seed, keep = _drawn(generator), config.options["child"]
+    return ChildTuning(net, variant, keep=keep, seed=seed, competing=competing, mask_first_task=False, forward=forward)
+
+
+def _drawn(generator: torch.Generator) -> int:
+    """A seed for a method that draws by numbers of its own."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
 _MEMORY = {"buffer": 100, "keep": "task", "memory_batch": 64}
 
 METHODS: dict[str, Row] = {
@@ -95,5 +122,16 @@ METHODS: dict[str, Row] = {
     "gem": Row("GEM, projection on one memory gradient per past task", _MEMORY | {"memory_batch": 0, "margin": 0.5, "ridge": 1e-3}, _gem),
     "replay": Row("experience replay", _MEMORY | {"weight": 1.0}, _replay),
     "spg": Row("soft-masking of gradients, defined for task-incremental learning", {"strength": 1.0}, _spg, _end_with_loss),
+    "ewc": Row("EWC, a quadratic pull weighted by the Fisher information", {"strength": 20.0}, _ewc),
+    "ewc-online": Row("EWC whose past fades by gamma", {"strength": 20.0, "gamma": 1.0}, _ewc),
+    "child-tuning-f": Row(
+        "from the second task on, a child network drawn anew in every step", {"child": 0.3}, functools.partial(_child_tuning, "F")
+    ),
+    "child-tuning-d": Row(
+        "from the second task on, the child network with the largest Fisher information for the new task; heads are always trained",
+        {"child": 0.3},
+        functools.partial(_child_tuning, "D"),
+        start_task=_start_with_loss,
+    ),
     "joint": Row("all tasks at once, the upper bound", {}, lambda net, _, __: Joint(net), at_once=True),
 }

@@ -44,7 +44,7 @@ class Result:
     """What a seed gave.
 
     ``matrix`` [tasks, tasks] has None where nothing was measured, ``baseline`` the accuracies of the untrained model. ``seconds`` is the
-    time of all ``steps`` training steps, without evaluation; ``seconds_at_ends`` that of the methods' work after each task.
+    time of all ``steps`` training steps, without evaluation; ``seconds_at_ends`` that of the methods' work before and after each task.
     ``environments`` lists on what it was computed, in turn; more than one if it was resumed elsewhere.
     """
 

@@ -55,7 +55,7 @@ class Training:
     """A model on its way through the stream. ``done`` counts the stages that ended: a task each, or the one of joint training."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        self.config, self.row = config, METHODS[config.method]
+        self.config, self.seed, self.row = config, seed, METHODS[config.method]
         self.device = torch.device(config.device)
         self.tasks = tasks_of(config, seed)
         torch.manual_seed(seed)
@@ -75,6 +75,12 @@ class Training:
         """Train the next stage, end its task and measure every task; the accuracies."""
         if not self.steps:
             self._warm_up()
+        if not self.row.at_once:
+            start = self._now()
+            # Its own order of the batches: those of the training stay what they are for every method.
+            order = generator(self.seed, f"order of the batches before task {self.done}")
+            self.row.start_task(self.learner, self.tasks[self.done].train(self.config.batch_size, order))
+            self.seconds_at_ends += self._now() - start
         for _ in range(self.config.epochs):
             start = self._now()
             for x, y, task in self._batches():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,55 @@ def joins_in_backward(model: nn.Module) -> bool:
     """Whether the ranks' gradients meet in ``backward()`` and nowhere else; torch.autograd.grad would give one rank's part, or nothing."""
     kinds = _class("torch.distributed.fsdp", "FSDPModule") + _class("torch.nn.parallel", "DistributedDataParallel")
     return any(isinstance(m, kinds) for m in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps, whose parameters have the names that they have without it; else ``model``."""
+    found: nn.Module = model.module if isinstance(model, _class("torch.nn.parallel", "DistributedDataParallel")) else model
+    return found
+
+
+class DataParallel(NamedTuple):
+    """The ranks whose gradients are averaged: how many, which this one is, and the sum of a number over them."""
+
+    size: int
+    rank: int
+    total: Callable[[int], int]
+
+
+def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
+    """The ranks that share the batches of a model.
+
+    Raises TypeError for sharded parameters whose mesh does not tell that its ranks share the data: that of tensor parallelism.
+    """
+    from torch import distributed as dist
+
+    device = slots[0].parameter().device
+    for module in model.modules():
+        if isinstance(module, _class("torch.nn.parallel", "DistributedDataParallel")):
+            group = module.process_group
+            return DataParallel(dist.get_world_size(group), dist.get_rank(group), functools.partial(_total, group, device))
+    parameters = [slot.parameter() for slot in slots]
+    if not _sharded.is_sharded(parameters):
+        return DataParallel(1, 0, int)
+    mesh = _sharded.mesh_of(("parameters", parameters))
+    for slot, p in zip(slots, parameters, strict=True):
+        kinds = "".join("S" if at.is_shard() else "R" for at in getattr(p, "placements", ()))
+        if not joins_in_backward(model) or kinds not in {"S", "RS"}:
+            raise TypeError(
+                f"the parameter {slot.name!r} is sharded by other means than fully_shard: the ranks that average gradients are "
+                "not known. Accepted are DistributedDataParallel, and fully_shard on a 1-D or a (replicate, shard) mesh"
+            )
+    rank = 0
+    for size, at in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):
+        rank = rank * size + at
+    return DataParallel(mesh.size(), rank, lambda count: int(_sharded.all_reduce_sum(torch.tensor(count, device=device), mesh)))
+
+
+def _total(group: Any, device: torch.device, count: int) -> int:
+    value = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(value, group=group)
+    return int(value)
 
 
 def gradients(output: Tensor, parameters: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:

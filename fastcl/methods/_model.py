@@ -83,14 +83,37 @@ def split(model: nn.Module, heads: Sequence[nn.Module] | nn.ModuleList) -> tuple
             raise ValueError(f"the parameter {slot.name!r} of the feature extractor is shared with heads[{head_of[id(p)]}]; untie them")
         if not p.requires_grad:
             continue
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"the parameter {slot.name!r} has no shape yet; run one batch through the model first")
-        if p.dtype not in FLOATING:
-            raise TypeError(f"the parameter {slot.name!r} has dtype {p.dtype}; accepted are float64, float32, bfloat16 and float16")
+        _check_parameter(slot, p)
         (of_heads if in_head else features).setdefault(id(p), slot)
     if not features:
         raise ValueError("model has no trainable parameter outside its heads, so there is no feature extractor to protect")
     return list(features.values()), list(of_heads.values())
+
+
+def trainable(model: nn.Module) -> list[Slot]:
+    """The parameters that require grad, each once, in the order of ``model.parameters()``.
+
+    Raises:
+        TypeError: no Module, a parameter that is not floating point.
+        ValueError: no parameter that requires grad, a parameter without a shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found: dict[int, Slot] = {}
+    for slot, p in _slots(model):
+        if p.requires_grad:
+            _check_parameter(slot, p)
+            found.setdefault(id(p), slot)
+    if not found:
+        raise ValueError("model has no parameter that requires grad")
+    return list(found.values())
+
+
+def _check_parameter(slot: Slot, p: Tensor) -> None:
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ValueError(f"the parameter {slot.name!r} has no shape yet; run one batch through the model first")
+    if p.dtype not in FLOATING:
+        raise TypeError(f"the parameter {slot.name!r} has dtype {p.dtype}; accepted are float64, float32, bfloat16 and float16")
 
 
 def check_unchanged(model: nn.Module, known: Sequence[Slot]) -> None:

@@ -17,15 +17,15 @@ Loss = Callable[[Tensor, Any], Tensor]
 
 
 @contextlib.contextmanager
-def training_passes(model: nn.Module) -> Iterator[None]:
-    """Train mode and autograd within the block; afterwards every module's mode and every buffer is as it was, whatever happened."""
+def training_passes(model: nn.Module, train: bool = True) -> Iterator[None]:
+    """Train (or eval) mode and autograd within the block; afterwards all modules' modes and buffers are as they were, whatever happened."""
     modules = list(model.modules())
     modes = [m.training for m in modules]
     buffers = [(m._buffers, key, b, None if b is None else b.clone()) for m in modules for key, b in m._buffers.items()]
     try:
         # Inference mode outlasts enable_grad, and a caller may well hold either while it evaluates.
         with torch.inference_mode(False), torch.enable_grad():
-            model.train()
+            model.train(train)
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -56,35 +56,59 @@ def sum_gradients(
 
     Returns the number of batches. Raises as :meth:`fastcl.methods.SPG.end_task` says.
     """
-    trained = [(total.zero_(), p) for total, slot in zip(totals, slots, strict=True) if (p := slot.parameter()).requires_grad]
-    wanted, everything = [p for _, p in trained], list(model.parameters())
-    device = slots[0].parameter().device
-    joined = _distributed.joins_in_backward(model)
-    if joined:
-        _distributed.check_hooks(slots)
+    for total in totals:
+        total.zero_()
+    gradients = reader(model, slots)
     batches = 0
-    for batch in loader:
-        x, y = (_usable(part, device) for part in _pair(batch))
-        output = _scalar(loss(_logits(logits_of(x)), y))
-        if trained and not output.requires_grad:
-            raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
-        grads: Sequence[Tensor | None] = ()
-        if trained and joined:
-            grads = _distributed.gradients(output, everything, wanted)
-        elif trained:
-            # Not backward(): hooks that step an optimizer as soon as a gradient arrives must not run here.
-            grads = torch.autograd.grad(output, wanted, allow_unused=True)
+    for x, y in usable_batches(loader, slots[0].parameter().device):
+        grads = gradients(_scalar(loss(_logits(logits_of(x)), y)))
         with torch.no_grad():
-            for (total, _), grad in zip(trained, grads, strict=True):
+            for total, grad in zip(totals, grads, strict=True):
                 if grad is not None:
                     total.add_(grad)
         batches += 1
+    check_finite(totals, slots)
+    return batches
+
+
+def reader(model: nn.Module, slots: Sequence[Slot]) -> Callable[[Tensor], list[Tensor | None]]:
+    """A function from a loss to the gradients of the slots' parameters; None where one is missing or not wanted. ``.grad`` stays as it is.
+
+    Make it before the forward pass.
+    """
+    parameters, everything = [slot.parameter() for slot in slots], list(model.parameters())
+    wanted = [p for p in parameters if p.requires_grad]
+    joined = _distributed.joins_in_backward(model)
+    if joined:
+        _distributed.check_hooks(slots)
+
+    def gradients(loss: Tensor) -> list[Tensor | None]:
+        if not wanted:
+            return [None] * len(parameters)
+        if not loss.requires_grad:
+            raise ValueError("the loss carries no gradient; forward must not run under no_grad or detach its result")
+        # Not backward() where it can be helped: hooks that step an optimizer as soon as a gradient arrives must not run here.
+        found = _distributed.gradients(loss, everything, wanted) if joined else torch.autograd.grad(loss, wanted, allow_unused=True)
+        by_parameter = {id(p): g for p, g in zip(wanted, found, strict=True)}
+        return [by_parameter.get(id(p)) for p in parameters]
+
+    return gradients
+
+
+def usable_batches(loader: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """The loader's pairs, their tensors on the device. Raises TypeError if they are not pairs."""
+    for batch in loader:
+        x, y = _pair(batch)
+        yield _usable(x, device), _usable(y, device)
+
+
+def check_finite(totals: Sequence[Tensor], slots: Sequence[Slot]) -> None:
+    """Raise ValueError if something that was accumulated over a loader is not finite, on any rank."""
     failing = _distributed.first_failing(totals, torch.isfinite)
     if failing is not None:
         raise ValueError(
             f"the gradient of {slots[failing].name!r}, summed over the loader, has a NaN or an Inf; importance needs finite ones"
         )
-    return batches
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastcl.methods import _checkpoint
+from fastcl.methods import _checkpoint, _distributed
 
 VERSION = 1
 
@@ -66,11 +66,13 @@ class Method:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors, with format, version and a checksum in the header.
 
-        The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then still there.
+        The file appears whole or not at all. Raises OSError if it cannot be written; what was at ``path`` is then still there. Where the
+        state holds DTensors every rank calls it; they are gathered, and the first rank writes.
         """
         tensors: dict[str, Tensor] = {}
         plan = _flatten(self.state_dict(), "state", tensors)
-        _checkpoint.write(path, tensors, {"format": self._format, "version": str(VERSION), "state": json.dumps(plan)})
+        header = {"format": self._format, "version": str(VERSION), "state": json.dumps(plan)}
+        _distributed.once(tensors, lambda whole: _checkpoint.write(path, whole, header), str(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the state of a file that :meth:`save` wrote, under the rules of :meth:`load_state_dict`.

@@ -26,7 +26,7 @@ def child_mask_(grads: Sequence[Tensor], keep: float, seed: int, step: int) -> N
     Computed in float64 for a float64 tensor, else in float32: a multiplication by ``1 / keep``, rounded to that type, or by 0, rounded
     once to the tensor's dtype. NaN stays NaN, and Inf becomes NaN where it is left out. The op is not differentiable.
 
-    DTensors (FSDP2, tensor parallelism) are masked on each rank's own shard, without communication.
+    DTensors (FSDP2, tensor parallelism) are masked on each rank's own shard, without communication, and outside of torch.compile's graphs.
 
     Args:
         grads: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written. They may not share memory. Strides
@@ -56,13 +56,18 @@ def child_mask_at_(grads: Sequence[Tensor], keep: float, seed: int, step: int, p
     seed = _checks.integer("seed", seed, MOST_SEEDS)
     step = _checks.integer("step", step, MOST_STEPS)
     if _sharded.is_sharded(grads):
-        _checks.not_recorded("grads", grads)
-        _sharded.check_apart("grads", grads)
-        where = _places.of_shards("grads", grads, None if places is None else [place[0] for place in places])
-        child_mask_at_(_sharded.shards(grads), keep, seed, step, where)
-        _sharded.bump_versions(grads)
+        _on_shards(grads, keep, seed, step, places)
         return
     torch.ops.fastcl.child_mask_(grads, keep, _places.signed(seed), step, _places.flat(places))
+
+
+@_sharded.outside_graphs  # where a shard lies is no constant of a graph
+def _on_shards(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Sequence[Place] | None) -> None:
+    _checks.not_recorded("grads", grads)
+    _sharded.check_apart("grads", grads)
+    where = _places.of_shards("grads", grads, None if places is None else [place[0] for place in places])
+    child_mask_at_(_sharded.shards(grads), keep, seed, step, where)
+    _sharded.bump_versions(grads)
 
 
 def _gate(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Sequence[Place] | None) -> bool:

@@ -68,11 +68,14 @@ def adamw_(
     Args:
         params: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written.
         grads: one per parameter, of its shape; the same dtypes, any strides; read.
-        exp_avgs, exp_avg_sqs: ``m`` and ``v``: one per parameter, float64 for float64 and else float32, of its shape and strides; written.
+        exp_avgs: ``m``: one per parameter, float64 for float64 and else float32, of its shape and strides; written.
+        exp_avg_sqs: ``v``: in the same way; written.
         steps: one 0-d float32 tensor per parameter, the number of steps made; written.
         lr: number >= 0, or a 0-d float32 or float64 tensor, read on the device.
-        beta1, beta2: numbers in [0, 1).
-        eps, weight_decay: numbers >= 0.
+        beta1: number in [0, 1).
+        beta2: number in [0, 1).
+        eps: number >= 0.
+        weight_decay: number >= 0.
         decay: "torch" or "hf".
         maximize: ascend.
         transforms: the transforms, in order.
@@ -136,16 +139,25 @@ def sgd_(
     The bits are those of torch.optim.SGD's default on the CPU, in float32 and float64.
 
     Args:
-        params, grads, lr, maximize, transforms, places, scale, found_inf: as in :func:`adamw_`.
+        params: as in :func:`adamw_`; written.
+        grads: as in :func:`adamw_`.
         momentum_buffers: one per parameter, float64 for float64 and else float32, of its shape and strides; written. None without momentum.
         steps: one 0-d float32 tensor per parameter, the number of steps made; written. Needed by a child mask alone.
-        momentum, weight_decay: numbers >= 0.
+        lr: as in :func:`adamw_`.
+        momentum: number >= 0.
         dampening: number >= 0.
+        weight_decay: number >= 0, added to the gradient.
         nesterov: Nesterov's momentum.
+        maximize: ascend.
         first: the buffers hold nothing yet.
+        transforms: as in :func:`adamw_`.
+        places: as in :func:`adamw_`.
+        scale: as in :func:`adamw_`.
+        found_inf: as in :func:`adamw_`.
 
     Raises:
-        TypeError, ValueError: as :func:`adamw_`. Nothing has been written then.
+        TypeError: as :func:`adamw_`.
+        ValueError: as :func:`adamw_`. Nothing has been written then.
     """
     written = (params, momentum_buffers, steps)
     if not _dispatch.traced():

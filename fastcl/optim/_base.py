@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,47 +12,8 @@ from torch._compile import _disable_dynamo
 from fastcl.ops import _checks, _sharded
 from fastcl.optim import _projection, _saved
 from fastcl.optim._binding import Bound
+from fastcl.optim._rows import Plan, Rows, State, same
 from fastcl.optim.transforms import ChildMask, Project, Transform
-
-State = dict[str, Any]
-
-
-@dataclass
-class Plan:
-    """What is known of a group's parameters from one step to the next; see :meth:`Swept._plan_of`."""
-
-    params: list[Tensor]
-    start: int  # the first one's position among all parameters
-    local: list[Tensor]  # this rank's memory
-    sharded: bool
-    states: list[State] = field(default_factory=list)
-
-
-@dataclass
-class Rows:
-    """The parameters of a group that a step updates, and what belongs to them, in lists of equal length."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    local: list[Tensor]
-    local_grads: list[Tensor]
-    states: list[State]
-    members: list[int] | None  # positions among all parameters, where some are missing
-    start: int
-    fresh: list[bool] | None = None  # which states were made in this step, if any
-
-    def select(self, members: Sequence[int]) -> Rows:
-        """Some of the rows."""
-        positions = [self.start + i if self.members is None else self.members[i] for i in members]
-        columns: Any = (self.params, self.grads, self.local, self.local_grads, self.states)
-        params, grads, local, local_grads, states = ([column[i] for i in members] for column in columns)
-        local = params if self.local is self.params else local
-        return Rows(self.group, params, grads, local, local_grads, states, positions, self.start)
-
-    def pick(self, column: Sequence[Any]) -> list[Any]:
-        """The rows of a list over all parameters."""
-        return list(column[self.start : self.start + len(self.params)]) if self.members is None else [column[i] for i in self.members]
 
 
 class Swept(torch.optim.Optimizer):
@@ -203,8 +160,8 @@ class Swept(torch.optim.Optimizer):
         """
         groups = self.param_groups
         known = self._plans
-        fits = len(known) == len(groups) and all(_same(plan.params, group["params"]) for plan, group in zip(known, groups, strict=True))
-        if fits and _same(self._owners, self.state.values()):
+        fits = len(known) == len(groups) and all(same(plan.params, group["params"]) for plan, group in zip(known, groups, strict=True))
+        if fits and same(self._owners, self.state.values()):
             return known
         self._plans, start = [], 0
         for group in groups:
@@ -287,33 +244,6 @@ class Swept(torch.optim.Optimizer):
         self._forget()
         self._complete = True
         self._bind()
-
-
-def check_numbers(group: Mapping[str, Any], **named: str) -> None:
-    """The learning rate and other numbers of a group that are >= 0, with torch.optim's words. Raises TypeError or ValueError."""
-    if isinstance(group["lr"], Tensor) and (group["lr"].numel() != 1 or not group["lr"].is_floating_point()):
-        raise ValueError("Tensor lr must be 1-element and floating-point")
-    for name, words in {"lr": "learning rate", **named}.items():
-        value = group[name]
-        if (isinstance(value, bool) or not isinstance(value, numbers.Real)) and not (name == "lr" and isinstance(value, Tensor)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
-
-
-def device_lr(group: Mapping[str, Any], like: Tensor) -> Any:
-    """The group's learning rate; a tensor as the operator reads it on the device."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        return lr
-    dtype = lr.dtype if lr.dtype == torch.float64 else torch.float32
-    return _projection.plain(lr).detach().reshape(()).to(like.device, dtype, non_blocking=True)
-
-
-def _same(known: Sequence[Any], now: Iterable[Any]) -> bool:
-    """Whether these are the very same objects."""
-    now = list(now)
-    return len(known) == len(now) and all(map(operator.is_, known, now))
 
 
 @_disable_dynamo

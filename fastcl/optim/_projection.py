@@ -15,7 +15,7 @@ from fastcl.ops.optimizers import transformed_dot
 from fastcl.reference.projection import project_coefficient
 
 if TYPE_CHECKING:
-    from fastcl.optim._base import Rows
+    from fastcl.optim._rows import Rows
 
 
 def places(params: Sequence[Tensor]) -> list[Any]:

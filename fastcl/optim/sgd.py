@@ -12,7 +12,9 @@ from fastcl import ops
 from fastcl.ops import _sharded
 from fastcl.ops._transforms import select
 from fastcl.optim import _saved
-from fastcl.optim._base import Rows, State, Swept, check_numbers, device_lr
+from fastcl.optim._base import Swept
+from fastcl.optim._numbers import check_numbers, device_lr
+from fastcl.optim._rows import Rows, State
 from fastcl.optim.transforms import Transform
 
 

@@ -27,7 +27,7 @@ def threshold_bits_(bits: Sequence[Tensor], tensors: Sequence[Tensor], threshold
 
 def pack(mask: Tensor) -> Tensor:
     """The bits of a bool tensor: uint8, [ceil(n / 8)]."""
-    flat = mask.reshape(-1).view(torch.uint8)
+    flat = mask.contiguous().view(-1).view(torch.uint8)
     if flat.numel() % 8 or flat.storage_offset() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     # Eight bytes of 0 or 1 as one word: the product gathers their lowest bits in its topmost byte.

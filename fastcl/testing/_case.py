@@ -37,7 +37,6 @@ class OpCase:
     pairs: bool = True  # there is another list, of a dtype of its own
     broadcasts: bool = False  # the other list's tensors may be smaller
     traces: bool = True  # eager code for it can be compiled as one graph
-    alone: bool = False  # there is no other list
     random: bool = False  # its rivals draw other random numbers
 
     def provider(self, name: str) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def _args(shapes: Sequence[Shape], dtype: torch.dtype, stored: torch.dtype, devi
 
 
 # The rivals' masks, made in the first call that needs them: nobody is timed for it.
-_unpacked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_unpacked: MutableMapping[Tensor, dict[torch.dtype, Tensor]] = WeakIdKeyDictionary()
 
 
 def _masks(grads: Sequence[Tensor], bits: Sequence[Tensor], floating: bool) -> list[Tensor]:

@@ -45,7 +45,7 @@ CASES = (
         bytes_per_element=lambda gradient, other: 2 * gradient,  # noqa: ARG005
         bitwise=True,
         uint8=False,
-        alone=True,
+        pairs=False,
         random=True,
     ),
 )

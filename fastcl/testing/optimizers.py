@@ -55,13 +55,13 @@ def _compact_args(shapes: Sequence[Shape], dtype: torch.dtype, other: torch.dtyp
 
 def _call(*args: Any) -> None:
     params, grads, moments, squares, steps, *rest = args
-    transforms, compact = (*rest, (), None)[:2] if rest else ((), None)
+    transforms, compact = (*rest, None)[:2] if rest else ((), None)
     ops.adamw_(params, grads, moments, squares, steps, lr=LR, transforms=transforms, compact=compact)
 
 
 def _reference(*args: Any) -> None:
     params, grads, moments, squares, steps, *rest = args
-    transforms, compact = (*rest, (), None)[:2] if rest else ((), None)
+    transforms, compact = (*rest, None)[:2] if rest else ((), None)
     numbers = (LR, BETA1, BETA2, EPS, DECAY, False, False)
     reference.adamw_(params, grads, moments, squares, steps, transforms, None, compact, None, None, *numbers)
 

@@ -21,7 +21,7 @@ def skewed(shapes: Sequence[Shape], dtype: torch.dtype, device: str, seed: int) 
     flat = torch.randn(sum(sizes), generator=gen, device=device).square_().mul_(1e-6)
     choice = torch.rand(len(flat), generator=gen, device=device)
     flat = flat.masked_fill_(choice < 0.3, 0).masked_fill_(choice > 0.9, 1e-6).to(dtype)
-    return [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+    return [part.view(s) for part, s in zip(torch.split(flat, sizes), shapes, strict=True)]
 
 
 def _args(shapes: Sequence[Shape], dtype: torch.dtype, stored: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:  # noqa: ARG001

@@ -123,6 +123,7 @@ def quantized() -> Tensor:
     return torch.quantize_per_tensor(base(), 0.1, 0, torch.qint8)
 
 
+BITS = torch.tensor([0xFF, 0, 0x55], dtype=torch.uint8)  # of SHAPE
 LAZY = nn.LazyLinear(3)
 complex_base = torch.complex(base(), base() + 1)
 # name: (make, outcome where it is written, outcome where it is read). "right": the result is right. A type: what the op raises.
@@ -302,6 +303,14 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         C.project_([base(), odd], [base(), base()], True),
         C.gem_project_([base(), odd], [[base(), base()]], 0.5, 1e-3, True),
         C.combine_([base(), odd], [[base(), base()]], torch.ones(1, dtype=torch.float64), True),
+        C.bit_mask_([base(), odd], [BITS, BITS], True),
+        C.bit_mask_([base(), base()], [BITS, odd], True),
+        C.threshold_bits_([BITS.clone(), odd], [base(), base()], torch.zeros((), dtype=torch.float64), True),
+        C.child_mask_([base(), odd], 0.5, 0, 0, True),
+        C.child_mask_at_([base(), odd], 0.5, 0, 0, [(0, 0, (6, 1))] * 2, True),
+        C.fisher_add_([base(), odd], [base(), base()], 1.0, 1.0, True),
+        C.fisher_update_([base(), odd], [base(), base()], 1.0, torch.ones(2, dtype=torch.float64), True),
+        C.ewc_pull_([base(), odd], *[[base(), base()]] * 3, 1.0, True),
     ):
         assert isinstance(refusal, str)
     if kind != "expanded":
@@ -312,7 +321,53 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         assert isinstance(C.grad_dot([base(), odd], [base(), base()], True), str)
         assert isinstance(C.grad_dot([base(), base()], [base(), odd], True), str)
         assert isinstance(C.gram([[base(), base()], [base(), odd]], True), str)
+        assert isinstance(C.quantile([base(), odd], 0.5, True), str)
+        assert isinstance(C.radix_counts([base(), odd], torch.zeros(2, dtype=torch.int64), 0, False, True), str)
+        assert isinstance(C.threshold_bits_([BITS.clone(), BITS.clone()], [base(), odd], torch.zeros(()).double(), True), str)
+        assert isinstance(C.fisher_squares([base(), odd], True), str)
+        assert isinstance(C.fisher_add_([base(), base()], [base(), odd], 1.0, None, True), str)
+        for place in range(3):
+            read = [[base(), base()] for _ in range(3)]
+            read[place][1] = odd
+            assert isinstance(C.ewc_pull_([base(), base()], *read, 1.0, True), str)
     assert isinstance(C.yardstick_read([base(), odd]), str)
+
+
+def test_what_the_gate_of_quantiles_and_masks_refuses() -> None:
+    a, bits, two = base(), BITS.clone(), torch.zeros(2, dtype=torch.int64)
+    limit = torch.zeros((), dtype=torch.float64)
+    before = raw(a), raw(bits)
+    for refusal in (
+        C.quantile([], 0.5, False),
+        C.quantile([a[:0]], 0.5, False),
+        C.quantile([a], 1.5, False),
+        C.quantile([a], float("nan"), False),
+        C.quantile([a], "0.5", False),
+        C.quantile(a, 0.5, False),
+        C.quantile([bits], 0.5, False),
+        C.radix_counts([a], two[:1], 0, False, False),
+        C.radix_counts([a], two.int(), 0, False, False),
+        C.radix_counts([a], torch.zeros(4, dtype=torch.int64)[::2], 0, False, False),
+        C.radix_counts([a], [0, 0], 0, False, False),
+        C.radix_counts([a], two.to("meta"), 0, False, False),
+        C.radix_counts([a], two, 3, False, False),
+        C.radix_counts([a], two, 6, True, False),
+        C.radix_counts([a], two, -1, False, False),
+        C.radix_counts([a.double()], two, 0, False, False),
+        C.bit_mask_([a], [bits[:2]], False),
+        C.bit_mask_([a], [torch.zeros(4, dtype=torch.uint8)], False),
+        C.bit_mask_([a], [bits.view(3, 1)], False),
+        C.bit_mask_([a], [torch.zeros(6, dtype=torch.uint8)[::2]], False),
+        C.bit_mask_([a], [torch.zeros(3)], False),
+        C.bit_mask_([a], [bits, bits], False),
+        C.bit_mask_([a], [a.view(-1).view(torch.uint8)[:3]], False),
+        C.threshold_bits_([bits], [a], limit.float(), False),
+        C.threshold_bits_([bits], [a], torch.zeros(2, dtype=torch.float64), False),
+        C.threshold_bits_([bits, bits], [a, a], limit, False),
+        C.threshold_bits_([bits], [bits], limit, False),
+    ):
+        assert isinstance(refusal, str)
+    assert (raw(a), raw(bits)) == before
 
 
 def test_gradients_that_nothing_opposes_are_not_written() -> None:
@@ -346,6 +401,37 @@ def test_what_the_projections_gate_refuses() -> None:
         C.gem_coefficients(torch.eye(3), 0.5, 1e-3, False),
         C.gem_coefficients(torch.eye(3, 2, dtype=torch.float64), 0.5, 1e-3, False),
         C.gem_coefficients(torch.eye(1, dtype=torch.float64), 0.5, 1e-3, False),
+    ):
+        assert isinstance(refusal, str)
+    assert raw(a) == before
+
+
+def test_what_the_masks_gate_refuses() -> None:
+    a, b = base(), base() + 1
+    before = raw(a)
+    whole = (0, 0, (6, 1))
+    numbers: list[Any] = [-1.0, float("nan"), float("inf"), "1", None, torch.tensor(0.5)]
+    places: list[Any] = [[], [whole, whole], whole, "places", 3, [None], [[0, 0, (6, 1)]], [(0, 0)], [(0, 0, (6,))], [(0, 0, 6)]]
+    places += [[(-1, 0, (6, 1))], [(2**32, 0, (6, 1))], [(0, -1, (6, 1))], [(0, 2**63, (6, 1))], [(0, 0, (-6, 1))]]
+    places += [[(0, 0, (2**62, 1))], [(0, 2**62, (6, 1))], [(0, 0.0, (6, 1))], [(0, 0, (6, "1"))]]
+    for refusal in (
+        *[C.child_mask_([a], keep, 0, 0, False) for keep in (0.0, 1.5, *numbers)],
+        *[C.child_mask_([a], 0.5, seed, 0, False) for seed in (-1, 2**64, 1.0, True, *numbers)],
+        *[C.child_mask_([a], 0.5, 0, step, False) for step in (-1, 2**32, 1.0, True, *numbers)],
+        C.child_mask_([a, a], 0.5, 0, 0, False),
+        *[C.child_mask_at_([a], 0.5, 0, 0, p, False) for p in places],
+        *[C.fisher_add_([a], [b], weight, None, False) for weight in numbers],
+        *[C.fisher_add_([a], [b], 1.0, norm, False) for norm in (0.0, *numbers) if norm is not None],
+        C.fisher_add_([a], [b, b], 1.0, None, False),
+        C.fisher_add_([a], [b[:2]], 1.0, None, False),
+        C.fisher_add_([a, b], [b, a], 1.0, 1.0, False),
+        C.fisher_update_([a], [b], 1.0, torch.ones(2, dtype=torch.float64), False),
+        C.fisher_update_([a], [b], 1.0, torch.ones(1), False),
+        C.fisher_update_([a], [b], 1.0, None, False),
+        *[C.ewc_pull_([a], [b], [b], [b], strength, False) for strength in numbers],
+        C.ewc_pull_([a], [b], [b[:1]], [b], 1.0, False),
+        C.ewc_pull_([a], [b], [b], [], 1.0, False),
+        C.ewc_pull_([a], [b.t()], [b], [b], 1.0, False),
     ):
         assert isinstance(refusal, str)
     assert raw(a) == before

@@ -44,7 +44,7 @@ def build(arena: Tensor, spec: tuple[torch.dtype, tuple[int, ...], tuple[int, ..
 
 
 JUNK = st.sampled_from([None, 3, "x", [torch.ones(2)], np.ones(2), torch.ones(2).to_sparse(), torch.ones(2, device="meta")])
-OPS = ["soft_mask_", "emax_", "project_"]
+OPS = ["soft_mask_", "emax_", "project_", "child_mask_", "fisher_add_", "ewc_pull_"]
 STRENGTH = st.floats(0, 1) | st.floats() | st.integers(-1, 2) | st.booleans() | st.none() | st.just("1")
 
 
@@ -85,30 +85,30 @@ def detached(items: list[Any]) -> list[Tensor]:
 
 
 @settings(max_examples=1500, deadline=None)
-@given(
-    calls(), STRENGTH, st.booleans(), st.sampled_from(["soft_mask_", "emax_", "project_"]), st.sampled_from(["gate", "auto", "reference"])
-)
+@given(calls(), STRENGTH, st.booleans(), st.sampled_from(OPS), st.sampled_from(["gate", "auto", "reference"]))
 def test_soup(call: tuple[Tensor, list[Any], list[Any]], strength: Any, grad_mode: bool, op: str, door: str) -> None:
     arena, written, read = call
     before = contents([arena], written, read)
     read_before = [t.clone() for t in read if isinstance(t, Tensor)]
-    extra = (strength,) if op == "soft_mask_" else ()
+    read_lists = {"child_mask_": (), "ewc_pull_": (read, read, read)}.get(op, (read,))
+    numbers = {"soft_mask_": (strength,), "child_mask_": (strength, 3, 4), "fisher_add_": (strength, None), "ewc_pull_": (strength,)}
+    extra = (*read_lists, *numbers.get(op, ()))
     try:
         want = detached(written)
         with torch.no_grad():
-            getattr(fastcl.reference, op)(want, detached(read), *extra)
+            getattr(fastcl.reference, op)(want, *[detached(x) for x in read_lists], *numbers.get(op, ()))
     except Exception:  # the soup holds everything; the reference then has no answer, and the op must have refused
         want = []
     with torch.set_grad_enabled(grad_mode):
         if door == "gate":
-            answer = getattr(C, op)(written, read, *extra, grad_mode)
+            answer = getattr(C, op)(written, *extra, grad_mode)
             assert answer is None or isinstance(answer, (str, Tensor))
             refused = answer if isinstance(answer, str) else None
         else:
             refused = None
             with fastcl.use_backend(door):
                 try:
-                    getattr(ops, op)(written, read, *extra)
+                    getattr(ops, op)(written, *extra)
                 except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                     refused = f"{type(error).__name__}: {error}"
     if refused is not None:

@@ -1,0 +1,34 @@
+"""The hyper-parameters of a group."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.optim import _projection
+
+
+def check_numbers(group: Mapping[str, Any], **named: str) -> None:
+    """The learning rate and other numbers of a group that are >= 0, with torch.optim's words. Raises TypeError or ValueError."""
+    if isinstance(group["lr"], Tensor) and (group["lr"].numel() != 1 or not group["lr"].is_floating_point()):
+        raise ValueError("Tensor lr must be 1-element and floating-point")
+    for name, words in {"lr": "learning rate", **named}.items():
+        value = group[name]
+        if (isinstance(value, bool) or not isinstance(value, numbers.Real)) and not (name == "lr" and isinstance(value, Tensor)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
+
+
+def device_lr(group: Mapping[str, Any], like: Tensor) -> Any:
+    """The group's learning rate; a tensor as the operator reads it on the device."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    dtype = lr.dtype if lr.dtype == torch.float64 else torch.float32
+    return _projection.plain(lr).detach().reshape(()).to(like.device, dtype, non_blocking=True)
