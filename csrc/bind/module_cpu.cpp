@@ -61,24 +61,6 @@ struct Cpu {
   void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
     cpu::ewc_pull_(grads, params, precision, anchor, strength, pool);
   }
-<<<<<<< HEAD
-  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
-  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
-  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
-    cpu::transformed_dot(inputs, reference, out, pool);
-  }
-=======
->>>>>>> main
-  void bit_mask_(const Views& grads, const Views& bits) { cpu::bit_mask_(grads, bits, pool); }
-  void threshold_bits_(const Views& bits, const Views& tensors, const double* threshold) {
-    cpu::threshold_bits_(bits, tensors, *threshold, pool);
-  }
-  void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts) {
-    cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
-  }
-  void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
-<<<<<<< HEAD
-=======
   void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
   void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
   void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
@@ -92,7 +74,6 @@ struct Cpu {
     cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
   }
   void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
->>>>>>> main
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -128,12 +109,6 @@ PYBIND11_MODULE(_C, m) {
   define_child_mask<Cpu>(m);
   define_fisher<Cpu>(m);
   define_pull<Cpu>(m);
-<<<<<<< HEAD
-=======
-  define_bit_mask<Cpu>(m);
-  define_quantile<Cpu>(m);
-  m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
->>>>>>> main
   define_optimizers<Cpu>(m);
   define_bit_mask<Cpu>(m);
   define_quantile<Cpu>(m);

@@ -11,9 +11,5 @@ from fastcl.testing._inputs import SIZES, elements, gradients, importances
 
 FAMILIES = (soft_mask, importance, projection, child_mask, pull, quantile, bit_mask, optimizers)
 CASES: dict[str, OpCase] = {case.name: case for family in FAMILIES for case in family.CASES}
-    case.name: case
-    for family in (soft_mask, importance, projection, child_mask, pull, quantile, bit_mask, optimizers)
-    for case in family.CASES
-}
 
 __all__ = ["CASES", "SIZES", "Args", "OpCase", "Shape", "clone", "elements", "gradients", "importances", "largest_error", "unit_roundoff"]
