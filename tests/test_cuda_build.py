@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_FILES = ("soft_mask", "importance", "importance_spg", "projection", "yardstick")
+KERNEL_FILES = (
+    *("soft_mask", "importance", "importance_spg", "importance_fisher", "projection", "child_mask", "pull", "bit_mask", "quantile"),
+    *("optimizers", "optimizers_sgd", "yardstick"),
+)
+DISASSEMBLED = tuple(name for name in KERNEL_FILES if name != "yardstick")
+HOST_CASES = (
+    *("plan", "dimensions", "quotients", "pairs", "spg", "dots", "project", "combine", "gram"),
+    *("child_mask", "bit_mask", "pull", "fisher", "radix", "adamw", "compact", "sgd", "transformed_dot"),
+)
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -24,17 +34,26 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("cuda") / "host"
-    sources = [ROOT / "tests/cuda/host.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    folder = tmp_path_factory.mktemp("cuda")
+    sources = [*sorted((ROOT / "tests/cuda").glob("host*.cpp")), *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DFASTCL_NO_CLONES", f"-I{ROOT / 'csrc'}"]
     # A misaligned vector works on most CPUs and is an error on a GPU.
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
-    built = _run(compiler, *flags, *sources, "-o", program)
+
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        built = _run(compiler, *flags, "-c", source, "-o", out)
+        assert built.returncode == 0, built.stderr
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(compile_one, sources))
+    built = _run(compiler, *flags, *objects, "-o", folder / "host")
     assert built.returncode == 0, built.stderr
-    return program
+    return folder / "host"
 
 
-@pytest.mark.parametrize("case", ["plan", "dimensions", "quotients", "pairs", "spg", "dots", "project", "combine", "gram"])
+@pytest.mark.parametrize("case", HOST_CASES)
 def test_host(host: Path, case: str) -> None:
     result = _run(host, case)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -135,7 +154,7 @@ def sass(logs: dict[str, str]) -> dict[str, dict[str, str]]:
     if tool is None:
         pytest.skip("neither the CUDA toolkit's nor Triton's cuobjdump is installed")
     out = {}
-    for name in ("soft_mask", "importance", "importance_spg", "projection"):
+    for name in DISASSEMBLED:
         built = sorted((ROOT / "build").glob(f"ninja-*/cuda_{name}.o"))[-1]
         result = _run(tool, "--dump-sass", "-arch", "sm_90", built)
         if result.returncode != 0 or "Function :" not in result.stdout:
@@ -215,3 +234,43 @@ def test_no_double_precision_where_floats_compute(sass: dict[str, dict[str, str]
     for family in ("soft_mask", "importance"):
         for body in _kernels(sass[family], "pair_kernelIff"):
             assert not re.search(r"\bD(ADD|MUL|FMA)\b", body)
+
+
+def test_new_sweeps_move_in_vectors(sass: dict[str, dict[str, str]]) -> None:
+    """Loads and stores of 16 bytes: parameter, gradient and state, or what else a kernel has."""
+    expected = {
+        ("pull", "pull_kernelIf"): (4, 1),
+        ("child_mask", "child_mask_kernelIf"): (2, 2),
+        ("importance_fisher", "fisher_kernelIf"): (2, 1),
+        ("bit_mask", "bit_mask_kernelIj"): (1, 1),
+        ("quantile", "radix_kernelIj"): (1, 0),
+        ("optimizers", "12adamw_kernelIf"): (4, 3),
+        ("optimizers_sgd", "sgd_kernelIfLb1"): (3, 2),
+    }
+    for (family, kernel), (loads, stores) in expected.items():
+        for body in _kernels(sass[family], kernel):
+            assert body.count("LDG.E.128") >= loads, kernel
+            assert body.count("STG.E.128") >= stores, kernel
+            assert not re.search(r"\b(LDL|STL)\b", body), f"{kernel}: local memory"
+
+
+def test_sums_in_a_fixed_order_use_no_atomics(sass: dict[str, dict[str, str]]) -> None:
+    for family in ("importance_fisher", "optimizers", "optimizers_sgd"):
+        for body in _kernels(sass[family], "kernel"):
+            assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b", body), family
+    for body in _kernels(sass["quantile"], "radix_kernel"):
+        assert "ATOMS" in body, "counts in shared memory"
+
+
+def test_pulls_and_draws_round_every_operation(sass: dict[str, dict[str, str]]) -> None:
+    for family, kernel in (("pull", "pull_kernelIf"), ("child_mask", "child_mask_kernelIf")):
+        for body in _kernels(sass[family], kernel):
+            assert "FMUL" in body
+            assert not re.search(r"\b(FFMA|DADD|DMUL|DFMA)\b", body), kernel
+
+
+def test_adamw_fuses_where_the_definition_does(sass: dict[str, dict[str, str]]) -> None:
+    for body in _kernels(sass["optimizers"], "12adamw_kernelIf"):
+        assert "FFMA" in body
+        assert "MUFU.RSQ" in body, "the root"
+        assert "MUFU.RCP" in body, "the quotient"

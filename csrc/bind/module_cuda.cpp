@@ -9,7 +9,13 @@
 #include <stdexcept>
 
 #include "bind/gated.h"
+#include "bind/gated_bit_mask.h"
+#include "bind/gated_child_mask.h"
+#include "bind/gated_fisher.h"
+#include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
+#include "bind/gated_pull.h"
+#include "bind/gated_quantile.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cuda/ops.h"
@@ -59,6 +65,31 @@ class Cuda {
   }
   void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean) {
     cuda::spg_update_(accumulated, grads_by_head, rows, mean, workspace(), stream_);
+  }
+  void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm) {
+    cuda::fisher_add_(fisher, grads, weight, max_norm, workspace(), stream_);
+  }
+  void fisher_squares(const Views& grads, double* squares) { cuda::fisher_squares(grads, squares, workspace(), stream_); }
+  void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients) {
+    cuda::fisher_update_(fisher, grads, weight, coefficients, stream_);
+  }
+  void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places) {
+    cuda::child_mask_at_(grads, keep, seed, step, places, stream_);
+  }
+  void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
+    cuda::ewc_pull_(grads, params, precision, anchor, strength, stream_);
+  }
+  void bit_mask_(const Views& grads, const Views& bits) { cuda::bit_mask_(grads, bits, stream_); }
+  void threshold_bits_(const Views& bits, const Views& tensors, const double* threshold) {
+    cuda::threshold_bits_(bits, tensors, threshold, stream_);
+  }
+  void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts) {
+    cuda::radix_counts(tensors, prefixes, level, wide, counts, stream_);
+  }
+  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cuda::adamw_(inputs, rule, workspace(), stream_); }
+  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cuda::sgd_(inputs, rule, workspace(), stream_); }
+  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
+    cuda::transformed_dot(inputs, reference, out, workspace(), stream_);
   }
   void yardstick_(const Views& written, const Views& read) { cuda::yardstick_(written, read, stream_); }
   void yardstick_read(const Views& read, uint64_t* folded) { cuda::yardstick_read(read, folded, workspace(), stream_); }
@@ -116,6 +147,12 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("emax_", &Gated<Cuda>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   define_spg<Cuda>(m);
   define_projection<Cuda>(m);
+  define_child_mask<Cuda>(m);
+  define_fisher<Cuda>(m);
+  define_pull<Cuda>(m);
+  define_bit_mask<Cuda>(m);
+  define_quantile<Cuda>(m);
+  define_optimizers<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -15,6 +15,9 @@ struct Philox {
 
   uint32_t word[4];
 
+  // By choice and not by address: registers have none.
+  FASTCL_HD uint32_t at(int i) const { return i & 2 ? (i & 1 ? word[3] : word[2]) : (i & 1 ? word[1] : word[0]); }
+
   static FASTCL_HD Philox draw(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     FASTCL_UNROLL
     for (int r = 0; r < kRounds; ++r) {
@@ -50,14 +53,14 @@ struct ChildDraw {
     return Philox::draw(uint32_t(block), uint32_t(block >> 32), tensor, step, k0, k1);
   }
   static FASTCL_HD uint32_t bits(const Philox& drawn, int lane) {
-    const uint32_t word = drawn.word[lane >> 1];
+    const uint32_t word = drawn.at(lane >> 1);
     return lane & 1 ? word >> 16 : word & 0xffffu;
   }
   // Whether an element whose 16 bits equal the limit is kept.
   FASTCL_HD bool kept_at_limit(uint64_t element, uint32_t tensor, uint32_t step) const {
     const uint64_t block = element >> 2;
     const Philox drawn = Philox::draw(uint32_t(block), uint32_t(block >> 32) | kSecondDraw, tensor, step, k0, k1);
-    return drawn.word[element & 3] < rest;
+    return drawn.at(int(element & 3)) < rest;
   }
   FASTCL_HD bool kept(uint32_t u, uint64_t element, uint32_t tensor, uint32_t step) const {
     return u < limit || (u == limit && kept_at_limit(element, tensor, step));

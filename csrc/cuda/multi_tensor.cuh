@@ -35,10 +35,10 @@ void launch(const char* op, const Stream& stream, int64_t blocks, int threads, v
 }
 
 // The two instances of a kernel whose first parameter is a packet.
-template <class... Parameters>
-struct PacketKernel {
-  void (*small)(SmallPacket, Parameters...);
-  void (*large)(LargePacket, Parameters...);
+template <class Small, class Large, class... Parameters>
+struct KernelOf {
+  void (*small)(Small, Parameters...);
+  void (*large)(Large, Parameters...);
 
   void run(const char* op, const Stream& stream, const List& list, const Parameters&... parameters) const {
     run_blocks(op, stream, list, 0, [](const List::Launch& part) { return part.chunks; }, parameters...);
@@ -48,8 +48,8 @@ struct PacketKernel {
   template <class Blocks>
   void run_blocks(const char* op, const Stream& stream, const List& list, int64_t shared_bytes, const Blocks& blocks,
                   const Parameters&... parameters) const {
-    for (const List::Launch& part : list.launches(LargePacket::max_tensors, LargePacket::max_words)) {
-      if (part.last - part.first <= size_t(SmallPacket::max_tensors) && part.words <= size_t(SmallPacket::max_words)) {
+    for (const List::Launch& part : list.launches(Large::max_tensors, Large::max_words)) {
+      if (part.last - part.first <= size_t(Small::max_tensors) && part.words <= size_t(Small::max_words)) {
         run_part(op, stream, small, list, part, shared_bytes, blocks(part), parameters...);
       } else {
         run_part(op, stream, large, list, part, shared_bytes, blocks(part), parameters...);
@@ -66,5 +66,8 @@ struct PacketKernel {
     launch_shared(op, stream, blocks, kThreads, shared_bytes, kernel, packet, parameters...);
   }
 };
+
+template <class... Parameters>
+using PacketKernel = KernelOf<SmallPacket, LargePacket, Parameters...>;
 
 }  // namespace fastcl::cuda

@@ -4,7 +4,10 @@
 
 #include <functional>
 
+#include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/optimizers.h"
+#include "core/transforms.h"
 #include "cuda/device.h"
 #include "cuda/packet.h"
 
@@ -27,6 +30,25 @@ void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_he
                  const Stream& stream);
 void spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, double* mean,
                  const Workspace& workspace, const Stream& stream);
+
+// Fisher information; see cpu/ops.h. squares and coefficients are in device memory, max_norm is null or a number.
+void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm, const Workspace& workspace,
+                 const Stream& stream);
+void fisher_squares(const Views& grads, double* squares, const Workspace& workspace, const Stream& stream);
+void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients, const Stream& stream);
+
+void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places, const Stream& stream);
+void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength, const Stream& stream);
+
+void bit_mask_(const Views& grads, const Views& bits, const Stream& stream);
+// The threshold is in device memory, and so are prefixes and counts.
+void threshold_bits_(const Views& bits, const Views& tensors, const double* threshold, const Stream& stream);
+void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts, const Stream& stream);
+
+// The optimizers. found_inf, scale, lr, steps and coefficients are read on the device.
+void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Workspace& workspace, const Stream& stream);
+void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Workspace& workspace, const Stream& stream);
+void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Workspace& workspace, const Stream& stream);
 
 // The projection family: results and coefficients are in device memory; see cpu/ops.h for what they are.
 void grad_dot(const Views& a, const Views& b, double* out, const Workspace& workspace, const Stream& stream);

@@ -18,6 +18,8 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;  // of one launch
 // first, its size and the stride of every operand. Forms:
 //   dense   all operands contiguous (or of one dense layout), aligned for vectors; kOne: the second operand is a single value (no notes)
 //   walked  everything else; kVectors: runs of V elements are contiguous and aligned in every operand that moves along them
+// An operand of dtype `other` has no elements of its own: its strides tell an index that goes along, its address where that one counts
+// from.
 constexpr int64_t kDimsMask = 0xff, kVectors = 0x100, kOne = 0x200;
 constexpr int kNumel = 0, kForm = 1, kAddress = 2;
 
@@ -166,20 +168,23 @@ class List {
   std::vector<int64_t> pool_;
 
   static bool is_aligned(const View& v, int run) {
-    return reinterpret_cast<uintptr_t>(v.data) % uintptr_t(std::min<int64_t>(16, run * size_of(v.dtype))) == 0;
+    return v.dtype == DType::other || reinterpret_cast<uintptr_t>(v.data) % uintptr_t(std::min<int64_t>(16, run * size_of(v.dtype))) == 0;
   }
 
   int64_t form(const View* const* views, const Layout& layout, int run) const {
-    const bool one = operands_ == 2 && notes_ == 0 && layout.stride(0)[1] == 0;  // kernels with notes have no path for it
-    bool along = layout.stride(0)[0] == 1 && is_aligned(*views[0], run);
+    const bool one = operands_ == 2 && notes_ == 0 && layout.stride(0)[1] == 0;  // kernels with notes have no dense path for it
+    bool along = layout.stride(0)[0] == 1 && is_aligned(*views[0], run), stands = false;
     for (int o = 1; o < operands_; ++o) {
       const int64_t stride = layout.stride(0)[o];
-      along = along && (one || (stride == 1 && is_aligned(*views[o], run)));
+      stands = stands || stride == 0;
+      const bool may_stand = one || (notes_ > 0 && vectors_ && views[o]->dtype != DType::other);
+      along = along && (stride == 0 ? may_stand : stride == 1 && is_aligned(*views[o], run));
     }
-    if (along && layout.ndim() == 1) return one ? kOne : 0;
+    if (along && layout.ndim() == 1 && (one || !stands)) return one ? kOne : 0;
     bool runs = along && vectors_ && layout.sizes[0] % run == 0;
     for (int d = 1; d < layout.ndim(); ++d)
-      for (int o = 0; o < operands_; ++o) runs = runs && (layout.stride(d)[o] % run == 0 || (one && o == 1));
+      for (int o = 0; o < operands_; ++o)
+        runs = runs && (layout.stride(d)[o] % run == 0 || layout.stride(0)[o] == 0 || views[o]->dtype == DType::other);
     return layout.ndim() | (runs ? kVectors : 0);
   }
 

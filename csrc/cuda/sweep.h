@@ -46,6 +46,13 @@ template <>
 struct Words<32> {
   using type = Eight;
 };
+struct alignas(16) Sixteen {
+  Eight a, b;
+};
+template <>
+struct Words<64> {
+  using type = Sixteen;
+};
 
 template <class T, int V>
 struct Elements {

@@ -1,149 +1,17 @@
 // Runs the CUDA code's host part and, thread by thread, what its kernels do to elements, on the CPU: the planner with sizes that no GPU
 // holds, and every dtype and layout against the CPU ops. Usage: host <case>; exits with 1 and a line about the first difference.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <memory>
-#include <random>
-#include <string>
+#include "host.h"
 
-#include "core/dtypes.h"
+#include <deque>
+#include <map>
+
 #include "core/soft_mask.h"
 #include "cpu/ops.h"
 #include "cuda/projection.h"
-#include "cuda/sweep.h"
 
-using namespace fastcl;
-using namespace fastcl::cuda;
+using namespace host;
 
 namespace {
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      std::exit(1);                                               \
-    }                                                             \
-  } while (0)
-
-const Pool kSerial{[](int64_t count, int64_t, Pool::Body body, void* context) {
-  if (count > 0) body(0, count, context);
-}};
-
-struct Tensor {
-  std::vector<int64_t> shape, strides;
-  DType dtype;
-  int64_t offset;                // of the first element, in elements
-  std::vector<uint64_t> memory;  // aligned to 16 bytes by malloc
-  View view(std::vector<uint64_t>& buffer) const {
-    return {reinterpret_cast<char*>(buffer.data()) + offset * size_of(dtype),
-            shape.data(),
-            strides.data(),
-            int32_t(shape.size()),
-            dtype,
-            Device::cuda,
-            0};
-  }
-};
-
-std::mt19937_64 random_bits(7);
-
-// Random importance-like or gradient-like values in the memory's every element, with NaN, infinities, zeros and ones among them; NaN behind
-// the end.
-Tensor make(DType dtype, std::vector<int64_t> shape, std::vector<int64_t> strides, int64_t offset, bool special) {
-  int64_t last = offset;
-  for (size_t d = 0; d < shape.size(); ++d) last += (std::max<int64_t>(shape[d], 1) - 1) * strides[d];
-  Tensor t{std::move(shape), std::move(strides), dtype, offset,
-           std::vector<uint64_t>(size_t((last + 1) * size_of(dtype) + 7) / 8 + 4, ~uint64_t(0))};
-  std::normal_distribution<double> normal;
-  const double specials[] = {NAN, INFINITY, -INFINITY, 0, -0.0, 1, 1e-40, 65504};
-  with_stored(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* x = reinterpret_cast<T*>(t.memory.data());
-    for (int64_t e = 0; e <= last; ++e) {
-      const double value = special && random_bits() % 50 == 0 ? specials[random_bits() % 8] : normal(random_bits);
-      if constexpr (std::is_same_v<T, uint8_t>)
-        x[e] = uint8_t(random_bits());
-      else
-        x[e] = store<T>(value);
-    }
-  });
-  return t;
-}
-
-std::vector<int64_t> default_strides(const std::vector<int64_t>& shape) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t next = 1;
-  for (int d = int(shape.size()) - 1; d >= 0; --d) {
-    strides[size_t(d)] = next;
-    next *= shape[size_t(d)];
-  }
-  return strides;
-}
-
-struct LayoutCase {
-  const char* name;
-  std::vector<int64_t> shape, strides, read_shape, read_strides;
-  int64_t offset, read_offset;
-};
-
-std::vector<LayoutCase> layouts(bool broadcasting) {
-  std::vector<LayoutCase> out;
-  const auto plain = [&](const char* name, std::vector<int64_t> shape, int64_t offset, int64_t read_offset) {
-    out.push_back({name, shape, default_strides(shape), shape, default_strides(shape), offset, read_offset});
-  };
-  plain("0-d", {}, 0, 0);
-  for (int64_t n : {1, 63, 65, 8191, 8192, 8193, 40001}) plain("contiguous", {n}, 0, 0);
-  plain("empty", {0, 3}, 0, 0);
-  plain("misaligned written", {9001}, 1, 0);
-  plain("misaligned read", {9001}, 0, 3);
-  plain("misaligned both", {9001}, 1, 1);
-  plain("4-d", {5, 3, 32, 33}, 0, 0);
-  out.push_back({"both transposed", {70, 130}, {1, 70}, {70, 130}, {1, 70}, 0, 0});
-  out.push_back({"read transposed", {70, 130}, {130, 1}, {70, 130}, {1, 70}, 0, 0});
-  out.push_back({"written transposed", {96, 160}, {1, 96}, {96, 160}, {160, 1}, 0, 0});
-  out.push_back({"channels last", {2, 16, 9, 20}, {2880, 1, 320, 16}, {2, 16, 9, 20}, {2880, 180, 20, 1}, 0, 0});
-  out.push_back({"rows of a wider matrix", {120, 64}, {96, 1}, {120, 64}, {64, 1}, 0, 0});
-  out.push_back({"odd rows of a wider matrix", {120, 65}, {97, 1}, {120, 65}, {65, 1}, 1, 0});
-  out.push_back({"rows at odd distances", {120, 64}, {97, 1}, {120, 64}, {64, 1}, 0, 0});
-  out.push_back({"every third", {5000}, {3}, {5000}, {1}, 0, 0});
-  if (!broadcasting) return out;
-  out.push_back({"one value", {9000}, {1}, {}, {}, 0, 0});
-  out.push_back({"one value, misaligned", {9000}, {1}, {1}, {1}, 1, 1});
-  out.push_back({"per row", {150, 128}, {128, 1}, {150, 1}, {1, 1}, 0, 1});
-  out.push_back({"per odd row", {150, 129}, {129, 1}, {150, 1}, {1, 1}, 0, 0});
-  out.push_back({"per column", {150, 128}, {128, 1}, {1, 128}, {128, 1}, 0, 0});
-  out.push_back({"per column, fewer dimensions", {150, 128}, {128, 1}, {128}, {1}, 0, 0});
-  out.push_back({"per column, misaligned", {150, 128}, {128, 1}, {128}, {1}, 0, 1});
-  out.push_back({"expanded", {40, 30, 20}, {600, 20, 1}, {40, 30, 20}, {20, 0, 1}, 0, 0});
-  out.push_back({"per middle", {40, 30, 20}, {600, 20, 1}, {30, 1}, {1, 1}, 0, 0});
-  return out;
-}
-
-template <class P, class Visit>
-void blocks(const List& list, Visit&& visit) {
-  auto packet = std::make_unique<P>();
-  for (const List::Launch& part : list.launches(P::max_tensors, P::max_words)) {
-    std::memset(static_cast<void*>(packet.get()), 0xa5, sizeof(P));
-    list.fill(part, *packet);
-    for (int64_t b = 0; b < part.chunks; ++b) visit(*packet, uint32_t(b));
-  }
-}
-
-bool same_values(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b, DType dtype) {
-  return with_stored(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T *x = reinterpret_cast<const T*>(a.data()), *y = reinterpret_cast<const T*>(b.data());
-    for (size_t e = 0; e < a.size() * 8 / sizeof(T); ++e)
-      if (std::memcmp(x + e, y + e, sizeof(T)) != 0 &&
-          (load<double>(x[e]) == load<double>(x[e]) || load<double>(y[e]) == load<double>(y[e])))
-        return false;
-    return true;
-  });
-}
 
 template <class P, class W, class R, class Op, class OnCpu>
 void compare_pairs(DType written, DType read, const Op& op, const OnCpu& on_cpu) {
@@ -168,10 +36,6 @@ void compare_pairs(DType written, DType read, const Op& op, const OnCpu& on_cpu)
   for (size_t i = 0; i < ws.size(); ++i)
     CHECK(same_values(ws[i].memory, copies[i], written), "dtypes %d %d, layout %s", int(written), int(read), layouts(true)[i].name);
 }
-
-constexpr DType kStored[] = {DType::f64, DType::f32, DType::bf16, DType::f16, DType::u8};
-// So small that every list needs several launches.
-using TinyPacket = Packet<2, 416>;
 
 void pairs() {
   for (DType w : kStored)
@@ -267,56 +131,6 @@ void spg() {
 }
 
 // ---- the projection family
-
-constexpr DType kFloating[] = {DType::f64, DType::f32, DType::bf16, DType::f16};
-constexpr double kRound = 0x1p-53;
-
-// In extended precision, and the sum of magnitudes.
-struct Exact {
-  long double sum = 0, magnitude = 0;
-};
-
-// Visits corresponding elements of views of one shape, in the order of their indices.
-template <class Visit>
-void elements(const std::vector<const View*>& views, Visit&& visit) {
-  std::vector<int64_t> index(size_t(views[0]->ndim));
-  std::vector<double> values(views.size());
-  for (int64_t e = 0; e < views[0]->numel(); ++e) {
-    int64_t rest = e;
-    for (int d = views[0]->ndim - 1; d >= 0; --d) {
-      index[size_t(d)] = rest % views[0]->shape[d];
-      rest /= views[0]->shape[d];
-    }
-    for (size_t o = 0; o < views.size(); ++o) {
-      int64_t at = 0;
-      for (int d = 0; d < views[o]->ndim; ++d) at += index[size_t(d)] * views[o]->strides[d];
-      values[o] = with_floating(views[o]->dtype, [&](auto type) {
-        return load<double>(reinterpret_cast<const typename decltype(type)::type*>(views[o]->data)[at]);
-      });
-    }
-    visit(values);
-  }
-}
-
-// Operands of one shape: expanded where the read layout of a broadcasting case has fewer elements.
-std::vector<LayoutCase> equal_shapes() {
-  std::vector<LayoutCase> out = layouts(false);
-  out.push_back({"one value", {9000}, {1}, {9000}, {0}, 0, 0});
-  out.push_back({"one value, misaligned", {9000}, {1}, {9000}, {0}, 1, 1});
-  out.push_back({"per row", {150, 128}, {128, 1}, {150, 128}, {1, 0}, 0, 1});
-  out.push_back({"per column", {150, 128}, {128, 1}, {150, 128}, {0, 1}, 0, 0});
-  out.push_back({"per odd column", {150, 129}, {129, 1}, {150, 129}, {0, 1}, 0, 0});
-  return out;
-}
-
-double combine(double a, double b) { return a + b; }
-// As a block adds.
-template <class T>
-T add_as_tree(std::vector<T>& parts) {
-  for (size_t step = 1; step < parts.size(); step *= 2)
-    for (size_t p = 0; p + step < parts.size(); p += 2 * step) parts[p] = combine(parts[p], parts[p + step]);
-  return parts[0];
-}
 
 bool same_kind(double a, long double b) { return std::isnan(a) == std::isnan(double(b)) && std::isinf(a) == std::isinf(double(b)); }
 
@@ -433,7 +247,7 @@ struct JointCase {
   }
 };
 
-void combine() {
+void combine_many() {
   for (int k : {1, 2, 7, 64}) {
     std::vector<LayoutCase> cases = equal_shapes();
     if (k == 64) cases.resize(8);
@@ -664,29 +478,32 @@ void quotients() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string name = argc > 1 ? argv[1] : "";
-  if (name == "plan")
-    plan();
-  else if (name == "dimensions")
-    dimensions();
-  else if (name == "quotients")
-    quotients();
-  else if (name == "pairs")
-    pairs();
-  else if (name == "spg")
-    spg();
-  else if (name == "dots")
-    dots();
-  else if (name == "project")
-    project();
-  else if (name == "combine")
-    combine();
-  else if (name == "gram")
-    gram();
-  else {
-    std::printf("unknown case %s\n", name.c_str());
+  const std::map<std::string, void (*)()> cases{
+      {"plan", plan},
+      {"dimensions", dimensions},
+      {"quotients", quotients},
+      {"pairs", pairs},
+      {"spg", spg},
+      {"dots", dots},
+      {"project", project},
+      {"combine", combine_many},
+      {"gram", gram},
+      {"child_mask", child_mask},
+      {"bit_mask", bit_mask},
+      {"pull", pull},
+      {"fisher", fisher},
+      {"radix", radix},
+      {"adamw", adamw},
+      {"compact", compact},
+      {"sgd", sgd},
+      {"transformed_dot", transformed_dot},
+  };
+  const auto found = cases.find(argc > 1 ? argv[1] : "");
+  if (found == cases.end()) {
+    std::printf("unknown case\n");
     return 2;
   }
-  std::printf("%s: ok\n", name.c_str());
+  found->second();
+  std::printf("%s: ok\n", argv[1]);
   return 0;
 }

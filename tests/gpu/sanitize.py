@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from fastcl import _native, ops, use_backend
+from fastcl import _native, ops, top_fraction_mask, use_backend
+from fastcl.ops.child_mask import child_mask_at_
 from fastcl.testing import CASES
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,11 @@ def many() -> None:
         ops.soft_mask_(grads, importance)
         ops.emax_(importance, grads)
         ops.spg_importance_(importance, [grads])
+        ops.ewc_pull_(grads, importance, importance, importance, 0.1)
+        ops.fisher_add_(importance, grads, 1.0, 1.0)
+        zeros = [[torch.zeros_like(g) for g in grads] for _ in range(2)]
+        steps = [torch.zeros((), device="cuda") for _ in grads]
+        ops.adamw_(importance, grads, *zeros, steps, lr=1e-3, transforms=[("child_mask", 0.5, 3)])
 
 
 def projections() -> None:
@@ -72,6 +78,52 @@ def projections() -> None:
         ops.gem_project_(grads, [[-g for g in grads], [torch.randn_like(g) for g in grads]])
 
 
+def sweeps() -> None:
+    """Masks, Fisher, pull and quantiles: operands whose dtypes differ from tensor to tensor."""
+    for dtype, layout in itertools.product(FLOATING, range(3)):
+        tensors = [variants(torch.randn(s, device="cuda").to(dtype)) for s in [*SHAPES, (17000,)]]
+        grads = [v[layout % len(v)] for v in tensors]
+        others = [[v[n % len(v)].to(FLOATING[(k + n) % 4]) for k, v in enumerate(tensors)] for n in range(3)]
+        ops.child_mask_(grads, 0.3, 5, 2)
+        child_mask_at_(grads, 0.3, 5, 2, [(k, 3, tuple(2 * n for n in g.stride())) for k, g in enumerate(grads)])
+        ops.ewc_pull_(grads, *others, 0.2)
+        ops.fisher_add_(grads, others[0], 0.5)
+        ops.fisher_add_(grads, others[1], 0.5, 1.0)
+        masks = top_fraction_mask(others[2], 0.3)
+        ops.bit_mask_(grads, [m.bits for m in masks])
+        ops.quantile(grads, 0.3)
+
+
+def optimizers() -> None:
+    for dtype, layout in itertools.product(FLOATING, range(3)):
+        tensors = [variants(torch.randn(s, device="cuda").to(dtype)) for s in [*SHAPES, (17000,)]]
+        params = [v[layout % len(v)] for v in tensors]
+        grads = [v[0].to(FLOATING[k % 4], copy=True) for k, v in enumerate(tensors)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        moments, squares = ([torch.zeros_like(p, dtype=wide) for p in params] for _ in range(2))
+        steps = [torch.zeros((), device="cuda") for _ in params]
+        masks = top_fraction_mask([g.abs() for g in grads], 0.3)
+        bits = [m.bits for m in masks]
+        coefficient = torch.ones(1, dtype=torch.float64, device="cuda")
+        reference = [g.clone() for g in grads]
+        transforms = [
+            ("soft_mask", [torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), device="cuda") for p in params], 0.5),
+            ("child_mask", 0.5, 3),
+            ("fixed_mask", bits),
+            ("project", grads, coefficient),
+            ("pull", grads, reference, 0.1),
+        ]
+        ops.adamw_(params, grads, moments, squares, steps, lr=1e-3)
+        ops.adamw_(params, grads, moments, squares, steps, lr=1e-3, transforms=transforms)
+        ops.sgd_(params, grads, moments, steps, lr=1e-3, momentum=0.9, transforms=transforms)
+        ops.sgd_(params, grads, lr=torch.tensor(1e-3, device="cuda"))
+        ops.optimizers.transformed_dot(params, grads, steps, transforms, None, None, reference)
+        whole = [p.contiguous() for p in params]
+        own = [[t[m.to_bool()] if t.numel() else t for t, m in zip(column, masks, strict=True)] for column in (moments, squares)]
+        compact = (bits, [m.ranks for m in masks])
+        ops.adamw_(whole, grads, *own, steps, lr=1e-3, transforms=transforms[2:3], compact=compact)
+
+
 def yardsticks() -> None:
     module = _native.module("_C_cuda")
     for n in (16, 1003, 100_000):
@@ -83,7 +135,7 @@ def yardsticks() -> None:
 
 if __name__ == "__main__":
     with use_backend("cuda"):
-        for part in (pairs, spg, projections, many, yardsticks):
+        for part in (pairs, spg, projections, sweeps, optimizers, many, yardsticks):
             part()
             torch.cuda.synchronize()
             print(part.__name__, "done", flush=True)
