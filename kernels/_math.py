@@ -155,6 +155,26 @@ def total(partials: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr) -> tl.tens
     return tl.sum(sums, 0)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def divide(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The correctly rounded quotient; of float32 the operator's is not."""
+    if a.dtype == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, b)
+    return quotient
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def root(a: tl.tensor) -> tl.tensor:
+    """The correctly rounded square root; tl.sqrt's of float32 is not."""
+    if a.dtype == tl.float64:
+        result = tl.sqrt(a)
+    else:
+        result = tl.sqrt_rn(a)
+    return result
+
+
 @triton.constexpr_function  # type: ignore[untyped-decorator]
 def precision(a: tl.constexpr, b: tl.constexpr) -> tl.constexpr:
     """float64 if either dtype is, else float32."""
