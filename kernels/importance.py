@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcl.kernels._fisher import fisher_add_, fisher_squares, fisher_update_
 from fastcl.kernels._lists import launches, on_device
 from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, total, write
 from fastcl.kernels._moments import moments, scaling, statistics
+
+__all__ = ["emax_", "fisher_add_", "fisher_squares", "fisher_update_", "spg_importance_", "spg_moments", "spg_update_"]
 
 _HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
 _CHUNK = 1024  # partial sums that one step of the last program takes
