@@ -77,7 +77,7 @@ def find_tools() -> tuple[dict[str, str], dict[str, str]]:
 def ninja_file(tools: dict[str, str], targets: dict[str, Path]) -> str:
     include = f"-I{ROOT / 'csrc'} -isystem {tools['pybind11']} -isystem {sysconfig.get_path('include')}"
     lines = [RULES, f"cxx = {tools['cxx']}", f"nvcc = {tools['nvcc']} -ccbin {tools['cxx'].split()[0]}"]
-    shared = [ROOT / "csrc/bind/gate.cpp", ROOT / "csrc/bind/torch_runtime.cpp"]
+    shared = [ROOT / "csrc/bind" / name for name in ("gate.cpp", "gated_optimizers.cpp", "torch_runtime.cpp")]
     sources = {
         "_C": [*shared, ROOT / "csrc/bind/module_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))],
         "_C_cuda": [*shared, ROOT / "csrc/bind/module_cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))],

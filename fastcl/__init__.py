@@ -4,7 +4,7 @@ from fastcl import ops, reference
 from fastcl._version import __version__
 from fastcl.backends import BackendUnavailable, use_backend
 from fastcl.bit_mask import BitMask
-from fastcl.gradients import capture_gradients, gem_project_gradients_, mask_gradients_, project_gradients_
+from fastcl.gradients import capture_gradients, child_mask_gradients_, gem_project_gradients_, mask_gradients_, project_gradients_
 from fastcl.masks import apply_gradient_mask_, top_fraction_mask
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "__version__",
     "apply_gradient_mask_",
     "capture_gradients",
+    "child_mask_gradients_",
     "gem_project_gradients_",
     "mask_gradients_",
     "ops",

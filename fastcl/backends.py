@@ -33,6 +33,10 @@ STAGES = {
     "combine_": "projection",
     "radix_counts": "quantile",
     "threshold_bits_": "bit_mask",
+    "transformed_dot": "optimizers",
+    "fisher_squares": "importance",
+    "fisher_update_": "importance",
+    "child_mask_at_": "child_mask",
 }
 
 

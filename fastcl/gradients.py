@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fastcl import ops
 from fastcl.ops import GemInfo, ProjectionInfo, _sharded
+from fastcl.ops.child_mask import child_mask_at_
+from fastcl.reference.child_mask import row_major
 
 Params = nn.Module | Iterable[Tensor]
 Importance = Mapping[str, Tensor] | Sequence[Tensor]
@@ -77,6 +79,30 @@ def mask_gradients_(params: Params, importance: Importance, *, strength: float =
         # The op counts the gradients that exist; the caller knows names, or positions among all parameters.
         named = {str(position): label for position, label in enumerate(labels)}
         message = re.sub(r"\b(grads|importance)\[(\d+)\]", lambda m: f"{m[1]}[{named[m[2]]!r}]", str(error))
+        raise type(error)(message) from None
+
+
+def child_mask_gradients_(params: Params, keep: float, *, seed: int, step: int) -> None:
+    """Child-Tuning-F's random mask of the gradients of a model, in place: ``p.grad <- p.grad * Bernoulli(keep) / keep``.
+
+    Call it between backward and step; see :func:`fastcl.ops.child_mask_`. A tensor's index is its position among ``params``, whether or
+    not the others have a gradient.
+
+    Args:
+        params: a Module or an iterable of parameters. Parameters whose ``.grad`` is None are skipped.
+        keep: number in (0, 1].
+        seed: integer in [0, 2^64).
+        step: integer in [0, 2^32).
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcl.ops.child_mask_`. Nothing has been written then.
+    """
+    listed: list[Tensor] = list(params.parameters()) if isinstance(params, nn.Module) else _listed("params", params)
+    grads = [(i, p.grad) for i, p in enumerate(listed) if p.grad is not None]
+    try:
+        child_mask_at_([g for _, g in grads], keep, seed, step, [(i, 0, row_major(g.shape)) for i, g in grads])
+    except (TypeError, ValueError) as error:
+        message = re.sub(r"\bgrads\[(\d+)\]", lambda m: f"grads[{grads[int(m[1])][0]}]", str(error))
         raise type(error)(message) from None
 
 

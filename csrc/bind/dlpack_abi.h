@@ -16,7 +16,7 @@ struct Device {
   int32_t index;
 };
 
-constexpr uint8_t kUInt = 1, kFloat = 2, kBFloat = 4;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4;
 struct DataType {
   uint8_t code, bits;
   uint16_t lanes;

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bind/torch_runtime.h"
+#include "core/bit_mask.h"
 
 namespace py = pybind11;
 
@@ -13,6 +14,7 @@ DType dtype_of(dlpack::DataType t) {
   if (t.lanes != 1) return DType::other;
   if (t.code == dlpack::kFloat) return t.bits == 64 ? DType::f64 : t.bits == 32 ? DType::f32 : t.bits == 16 ? DType::f16 : DType::other;
   if (t.code == dlpack::kBFloat && t.bits == 16) return DType::bf16;
+  if (t.code == dlpack::kInt && t.bits == 64) return DType::i64;
   return t.code == dlpack::kUInt && t.bits == 8 ? DType::u8 : DType::other;
 }
 
@@ -59,7 +61,7 @@ bool Gate::refuse(const char* name, std::optional<size_t> index, const char* rea
   return false;
 }
 
-const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, View& out) {
+const char* Gate::view_of(PyObject* object, Access access, Dtypes dtypes, View& out) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const TorchRuntime& torch = torch_runtime();
   if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return "is not an exact torch.Tensor or Parameter";
@@ -73,7 +75,9 @@ const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, V
   if (out.device != device_) return "is on another kind of device";
   if (device_index_ >= 0 && out.device_index != device_index_) return "is on another device";
   device_index_ = out.device_index;
-  if (out.dtype == DType::other || (out.dtype == DType::u8 && !accepts_uint8)) return "has a dtype that is not accepted";
+  if (out.dtype == DType::other || (out.dtype == DType::i64) != (dtypes == Dtypes::int64) ||
+      (out.dtype == DType::u8 && dtypes != Dtypes::stored))
+    return "has a dtype that is not accepted";
   if (out.numel() > 0 && has_no_memory(object, out.data)) return "has no memory behind it";
   if ((reinterpret_cast<uintptr_t>(out.data) & uintptr_t(size_of(out.dtype) - 1)) != 0) return "is not aligned to its elements";
   if (grad_mode_ && access == Access::writes && truth(torch.requires_grad->get(object, torch.requires_grad->closure)) != 0)
@@ -83,6 +87,18 @@ const char* Gate::view_of(PyObject* object, Access access, bool accepts_uint8, V
 }
 
 bool Gate::take(const char* name, py::handle list, Access access, bool accepts_uint8, Views& out) {
+  return take_list(name, list, access, accepts_uint8 ? Dtypes::stored : Dtypes::floating, out);
+}
+
+bool Gate::take_int64(const char* name, py::handle list, Views& out) { return take_list(name, list, Access::reads, Dtypes::int64, out); }
+
+bool Gate::take_optional(const char* name, py::handle tensor, Views& out) {
+  if (refusal_) return false;
+  out.clear();
+  return tensor.is_none() || take(name, py::make_tuple(tensor), Access::reads, false, out);
+}
+
+bool Gate::take_list(const char* name, py::handle list, Access access, Dtypes dtypes, Views& out) {
   if (refusal_) return false;
   py::object items;
   if (PyTuple_CheckExact(list.ptr())) {
@@ -105,8 +121,7 @@ bool Gate::take(const char* name, py::handle list, Access access, bool accepts_u
       for (int w = 0; w < 2; ++w)
         for (int line = 0; line < 3; ++line) __builtin_prefetch(static_cast<const char*>(words[w]) + 64 * line);
     }
-    if (const char* reason = view_of(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i)), access, accepts_uint8, out[i]))
-      return refuse(name, i, reason);
+    if (const char* reason = view_of(PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(i)), access, dtypes, out[i])) return refuse(name, i, reason);
   }
   alive_.push_back(std::move(items));
   return true;
@@ -128,6 +143,21 @@ bool Gate::take_number(const char* name, py::handle value, double most, double& 
   return out >= 0 && out <= most && std::isfinite(out) ? true : refuse(name, std::nullopt, "is outside its range");
 }
 
+bool Gate::take_positive(const char* name, py::handle value, double most, double& out) {
+  return take_number(name, value, most, out) && (out > 0 || refuse(name, std::nullopt, "is outside its range"));
+}
+
+bool Gate::take_unsigned(const char* name, py::handle value, uint64_t most, uint64_t& out) {
+  if (refusal_) return false;
+  if (!PyLong_CheckExact(value.ptr())) return refuse(name, std::nullopt, "is not an integer");
+  out = PyLong_AsUnsignedLongLong(value.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return refuse(name, std::nullopt, "is outside its range");
+  }
+  return out <= most ? true : refuse(name, std::nullopt, "is outside its range");
+}
+
 bool Gate::take_lists(const char* name, py::handle lists, size_t most, std::vector<Views>& out) {
   if (refusal_) return false;
   if (!PyTuple_CheckExact(lists.ptr()) && !PyList_CheckExact(lists.ptr())) return refuse(name, std::nullopt, "is not a list or tuple");
@@ -138,6 +168,38 @@ bool Gate::take_lists(const char* name, py::handle lists, size_t most, std::vect
   out.resize(n);
   for (size_t k = 0; k < n; ++k)
     if (!take(name, PyTuple_GET_ITEM(items.ptr(), Py_ssize_t(k)), Access::reads, false, out[k])) return false;
+  return true;
+}
+
+bool Gate::take_int64(const char* name, py::handle tensor, int64_t elements, const int64_t*& out) {
+  if (refusal_) return false;
+  const TorchRuntime& torch = torch_runtime();
+  if (Py_TYPE(tensor.ptr()) != torch.tensor) return refuse(name, std::nullopt, "is not an exact torch.Tensor");
+  dlpack::Tensor t;
+  if (torch.api->tensor_from_object(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return refuse(name, std::nullopt, "has no plain memory");
+  }
+  constexpr uint8_t kInt = 0;
+  char* data = static_cast<char*>(t.data) + t.byte_offset;
+  // The dtype of the view is of no use here; its shape and strides are.
+  const View view{data, t.shape, t.strides, t.ndim, DType::f64, device_of(t.device), t.device.index};
+  if (view.device != device_ || (device_index_ >= 0 && view.device_index != device_index_))
+    return refuse(name, std::nullopt, "is on another device");
+  if (t.dtype.code != kInt || t.dtype.bits != 64 || t.dtype.lanes != 1 || view.numel() != elements || !view.contiguous)
+    return refuse(name, std::nullopt, "is not contiguous int64 of the expected length");
+  if ((reinterpret_cast<uintptr_t>(data) & 7) != 0) return refuse(name, std::nullopt, "is not aligned to its elements");
+  if (elements > 0 && has_no_memory(tensor.ptr(), data)) return refuse(name, std::nullopt, "has no memory behind it");
+  out = reinterpret_cast<const int64_t*>(data);
+  alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  return true;
+}
+
+bool Gate::bits_of(const char* name, const Views& bits, const Views& tensors) {
+  if (refusal_ || !same_length(name, bits.size(), tensors.size())) return false;
+  for (size_t i = 0; i < bits.size(); ++i)
+    if (bits[i].dtype != DType::u8 || bits[i].ndim != 1 || !bits[i].contiguous || bits[i].numel() != bit_bytes(tensors[i].numel()))
+      return refuse(name, i, "is no contiguous uint8 with a bit for each element");
   return true;
 }
 
@@ -170,6 +232,16 @@ bool Gate::contiguous(const char* name, const Views& views) {
 bool Gate::apart(const Views& written, const std::vector<const Views*>& reads, bool partners_may_be_equal) {
   if (refusal_) return false;
   return writes_overlap(written, reads, partners_may_be_equal) ? refuse("a written tensor", std::nullopt, "shares memory") : true;
+}
+
+bool Gate::apart(const std::vector<const Views*>& written, const std::vector<const Views*>& reads) {
+  if (refusal_) return false;
+  return lists_overlap(written, reads) ? refuse("a written tensor", std::nullopt, "shares memory") : true;
+}
+
+bool Gate::require(bool condition, const char* name, std::optional<size_t> index, const char* reason) {
+  if (refusal_) return false;
+  return condition ? true : refuse(name, index, reason);
 }
 
 py::object Gate::verdict() const { return refusal_ ? py::object(py::str(*refusal_)) : py::object(py::none()); }

@@ -3,7 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include "bind/gated.h"
+#include "bind/gated_bit_mask.h"
+#include "bind/gated_child_mask.h"
+#include "bind/gated_fisher.h"
+#include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
+#include "bind/gated_pull.h"
+#include "bind/gated_quantile.h"
 #include "bind/gated_spg.h"
 #include "bind/torch_runtime.h"
 #include "cpu/ops.h"
@@ -42,6 +48,32 @@ struct Cpu {
   void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients) {
     cpu::combine_(grads, memories, coefficients, pool);
   }
+  void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm) {
+    cpu::fisher_add_(fisher, grads, weight, max_norm, pool);
+  }
+  void fisher_squares(const Views& grads, double* squares) { cpu::fisher_squares(grads, squares, pool); }
+  void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients) {
+    cpu::fisher_update_(fisher, grads, weight, coefficients, pool);
+  }
+  void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places) {
+    cpu::child_mask_at_(grads, keep, seed, step, places, pool);
+  }
+  void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
+    cpu::ewc_pull_(grads, params, precision, anchor, strength, pool);
+  }
+  void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
+  void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
+  void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
+    cpu::transformed_dot(inputs, reference, out, pool);
+  }
+  void bit_mask_(const Views& grads, const Views& bits) { cpu::bit_mask_(grads, bits, pool); }
+  void threshold_bits_(const Views& bits, const Views& tensors, const double* threshold) {
+    cpu::threshold_bits_(bits, tensors, *threshold, pool);
+  }
+  void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts) {
+    cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
+  }
+  void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -74,6 +106,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("emax_", &Gated<Cpu>::emax_, py::arg("importance"), py::arg("new"), py::arg("grad_mode"));
   define_spg<Cpu>(m);
   define_projection<Cpu>(m);
+  define_child_mask<Cpu>(m);
+  define_fisher<Cpu>(m);
+  define_pull<Cpu>(m);
+  define_optimizers<Cpu>(m);
+  define_bit_mask<Cpu>(m);
+  define_quantile<Cpu>(m);
+  m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

@@ -68,6 +68,13 @@ struct ChildDraw {
   }
 };
 
+// Where a tensor lies in its whole parameter: element (j0, j1, ...) has there the row-major index offset + sum j_d * strides[d].
+struct Place {
+  int64_t tensor;  // the parameter's index in the list
+  int64_t offset;
+  const int64_t* strides;  // null: those of a contiguous tensor of its shape
+};
+
 // g * (kept ? 1 / keep : 0) in the compute type: a multiplication, so that NaN, and Inf where it is left out, become NaN.
 template <class G>
 struct ChildMask {

@@ -20,6 +20,24 @@ struct EMax {
   FASTCL_HD S operator()(S stored, N value) const { return store<S>(nan_max(load<compute>(stored), load<compute>(value))); }
 };
 
+// Fisher information: F + weight (c g)^2 with the c that clips g's tensor, each operation rounded, none contracted.
+template <class F, class G>
+struct FisherAdd {
+  using compute = compute_t<F, G>;
+  compute weight, coefficient;
+  static FASTCL_HD FisherAdd make(double weight, double coefficient) { return {compute(weight), compute(coefficient)}; }
+  FASTCL_HD F operator()(F fisher, G g) const {
+    const compute x = load<compute>(g) * coefficient;
+    return store<F>(load<compute>(fisher) + weight * (x * x));
+  }
+};
+
+// min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; a NaN stays.
+FASTCL_HD double clip_coefficient(double squares, double max_norm) {
+  const double c = max_norm / (sqrt(squares) + 1e-6);
+  return c > 1 ? 1 : c;
+}
+
 // Count, mean and sum of squared deviations of a part of a tensor, all relative to the tensor's first element ("shift"): a constant
 // tensor then has a deviation of exactly zero, and no digits cancel when the mean is large against the spread.
 struct Moments {

@@ -53,4 +53,23 @@ FASTCL_HD key_float_t<Key> from_radix_key(Key key) {
 FASTCL_HD bool is_nan_bits(float x) { return (bit_cast<uint32_t>(x) & 0x7fffffffu) > 0x7f800000u; }
 FASTCL_HD bool is_nan_bits(double x) { return (bit_cast<uint64_t>(x) & 0x7fffffffffffffffull) > 0x7ff0000000000000ull; }
 
+// The quantile q of count elements lies between two neighbouring ranks, weight of the way from below to above.
+struct Ranks {
+  int64_t below, above;
+  double weight;
+};
+
+inline Ranks quantile_ranks(int64_t count, double q) {
+  const double rank = double(count - 1) * q;
+  if (rank >= double(count - 1)) return {count - 1, count - 1, 1.0};
+  const auto below = int64_t(rank);
+  return {below, below + 1, rank - double(below)};
+}
+
+// From the nearer neighbour, each operation rounded; two equal infinities give NaN, as they do in NumPy.
+FASTCL_HD double interpolate(double below, double above, double weight) {
+  const double step = above - below;
+  return weight >= 0.5 ? above - step * (1 - weight) : below + step * weight;
+}
+
 }  // namespace fastcl

@@ -14,9 +14,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-enum class DType : uint8_t { f64, f32, bf16, f16, u8, other };
+enum class DType : uint8_t { f64, f32, bf16, f16, u8, i64, other };
 
-constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
+constexpr int64_t size_of(DType t) { return t == DType::f64 || t == DType::i64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
 
 // The type in which a pair of stored values is computed: double if one of them is double, else float.
 template <class A, class B>

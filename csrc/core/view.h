@@ -194,4 +194,36 @@ inline bool writes_overlap(const Views& written, const std::vector<const Views*>
   return false;
 }
 
+// Whether two views of any written lists share memory, or a written view and a read one.
+inline bool lists_overlap(const std::vector<const Views*>& written, const std::vector<const Views*>& reads) {
+  std::vector<Span> writes, others, merged;
+  const auto collect = [&](const Views& list) {
+    others.clear();
+    others.reserve(list.size());
+    for (const View& v : list)
+      if (v.numel() > 0) others.push_back({v.data, v.end()});
+    sort_spans(others);
+  };
+  for (const Views* list : written) {
+    for (const View& v : *list)
+      if (v.numel() > 0 && overlaps_itself(v)) return true;
+    collect(*list);
+    merged.resize(writes.size() + others.size());
+    std::merge(writes.begin(), writes.end(), others.begin(), others.end(), merged.begin(),
+               [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    writes.swap(merged);
+  }
+  for (size_t i = 1; i < writes.size(); ++i)
+    if (writes[i].begin < writes[i - 1].end) return true;
+  for (const Views* list : reads) {
+    collect(*list);
+    size_t w = 0;
+    for (const Span& r : others) {
+      while (w < writes.size() && writes[w].end <= r.begin) ++w;
+      if (w < writes.size() && writes[w].begin < r.end) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace fastcl

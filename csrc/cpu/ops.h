@@ -3,8 +3,11 @@
 
 #include <vector>
 
+#include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/optimizers.h"
 #include "core/parallel.h"
+#include "core/transforms.h"
 #include "core/view.h"
 
 namespace fastcl::cpu {
@@ -21,6 +24,19 @@ double spg_importance_(const Views& accumulated, const std::vector<Views>& grads
 void spg_moments(const Views& accumulated, const std::vector<Views>& grads_by_head, Statistics* rows, const Pool& pool);
 double spg_update_(const Views& accumulated, const std::vector<Views>& grads_by_head, const Statistics* rows, const Pool& pool);
 
+// fisher += weight (c g)^2; c is 1, or clips each tensor to max_norm.
+void fisher_add_(const Views& fisher, const Views& grads, double weight, const double* max_norm, const Pool& pool);
+
+// Its parts, for tensors that are shards: sum g^2 of each tensor, in a fixed order; and the update with each tensor's coefficient.
+void fisher_squares(const Views& grads, double* squares, const Pool& pool);
+void fisher_update_(const Views& fisher, const Views& grads, double weight, const double* coefficients, const Pool& pool);
+
+// One place for each gradient.
+void child_mask_at_(const Views& grads, double keep, uint64_t seed, uint32_t step, const std::vector<Place>& places, const Pool& pool);
+
+// grads += 2 strength precision (params - anchor)
+void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength, const Pool& pool);
+
 // Dot product over all tensors, in a fixed order.
 double grad_dot(const Views& a, const Views& b, const Pool& pool);
 
@@ -36,6 +52,24 @@ void gem_coefficients(const double* products, int k, double margin, double ridge
 
 // grads += sum_k coefficients[k] memories[k]; nothing is read or written if all coefficients are 0.
 void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool);
+
+// One step in one sweep: the gradients through the transforms, then the optimizer. Nothing is written if found_inf is not 0.
+void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool);
+void sgd_(const OptimizerInputs& inputs, const SGDRule& rule, const Pool& pool);
+
+// out: T(g).r, r.r of the transformed gradients, in a fixed order.
+void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out, const Pool& pool);
+// grads = bit ? grads : +0. Bits: uint8, a bit per element in the tensor's row-major order.
+void bit_mask_(const Views& grads, const Views& bits, const Pool& pool);
+// bit = value >= threshold in double.
+void threshold_bits_(const Views& bits, const Views& tensors, double threshold, const Pool& pool);
+
+// The quantile of all elements, of which there is at least one; NaN if one is NaN.
+double quantile(const Views& tensors, double q, const Pool& pool);
+// counts: [2, kRadixColumns], see core/quantile.h; wide: keys of doubles.
+void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool wide, int64_t* counts, const Pool& pool);
+// As quantile, by radix_counts alone: what quantile does where a sample misleads it.
+double quantile_by_counts(const Views& tensors, double q, const Pool& pool);
 
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);

@@ -15,14 +15,23 @@ namespace fastcl::cpu {
 constexpr int64_t kGrain = 32768;
 
 // One run of n elements at constant strides. An op is a table of these, one per pair of dtypes.
-using Run = void (*)(char* written, const char* read, int64_t n, int64_t written_stride, int64_t read_stride, double parameter);
-using RunTable = Run (*)(DType written, DType read);
+template <class Parameter>
+using RunWith = void (*)(char* written, const char* read, int64_t n, int64_t written_stride, int64_t read_stride, Parameter parameter);
+template <class Parameter>
+using TableWith = RunWith<Parameter> (*)(DType written, DType read);
+using Run = RunWith<double>;
 
-class PairSweep {
+template <class Parameter>
+class PairSweepWith {
  public:
-  PairSweep(const Views& written, const Views& read, RunTable table) {
-    items_.reserve(written.size());
-    for (size_t i = 0; i < written.size(); ++i) {
+  using Run = RunWith<Parameter>;
+
+  PairSweepWith(const Views& written, const Views& read, TableWith<Parameter> table)
+      : PairSweepWith(written, read, 0, written.size(), table) {}
+  // The pairs [first, last) of the lists.
+  PairSweepWith(const Views& written, const Views& read, size_t first, size_t last, TableWith<Parameter> table) {
+    items_.reserve(last - first);
+    for (size_t i = first; i < last; ++i) {
       const View &w = written[i], &r = read[i];
       const int64_t n = w.numel();
       if (n == 0) continue;
@@ -31,13 +40,18 @@ class PairSweep {
         const View* both[] = {&w, &r};
         layout = &layouts_.emplace_back(coalesce(both, 2));
       }
-      items_.push_back({total_, w.data, r.data, table(w.dtype, r.dtype), size_of(w.dtype), size_of(r.dtype), layout});
+      items_.push_back({total_, w.data, r.data, table(w.dtype, r.dtype), size_of(w.dtype), size_of(r.dtype), layout, i});
       total_ += n;
     }
   }
 
-  void run(double parameter, const Pool& pool) const {
-    pool.each(total_, kGrain, [&](int64_t begin, int64_t end) { part(begin, end, parameter); });
+  void run(Parameter parameter, const Pool& pool) const {
+    run_each([&](size_t) { return parameter; }, pool);
+  }
+  // With parameter_of(place in the lists).
+  template <class ParameterOf>
+  void run_each(ParameterOf&& parameter_of, const Pool& pool) const {
+    pool.each(total_, kGrain, [&](int64_t begin, int64_t end) { part(begin, end, parameter_of); });
   }
 
  private:
@@ -48,13 +62,14 @@ class PairSweep {
     Run run;
     int64_t written_size, read_size;
     const Layout* layout;
+    size_t place;
   };
   std::vector<Item> items_;
   std::deque<Layout> layouts_;  // a deque: the items point into it
   int64_t total_ = 0;
 
   // Between small tensors the hardware sees no pattern; the first lines of one that comes soon are asked for by hand.
-  void prefetch(std::vector<Item>::const_iterator item) const {
+  void prefetch(typename std::vector<Item>::const_iterator item) const {
     constexpr int ahead = 6;
     if (items_.end() - item <= ahead) return;
     for (int64_t line = 0; line < 4; ++line) {
@@ -63,10 +78,12 @@ class PairSweep {
     }
   }
 
-  void part(int64_t begin, int64_t end, double parameter) const {
+  template <class ParameterOf>
+  void part(int64_t begin, int64_t end, ParameterOf&& parameter_of) const {
     auto item = std::upper_bound(items_.begin(), items_.end(), begin, [](int64_t at, const Item& i) { return at < i.start; }) - 1;
     for (; begin < end; ++item) {
       prefetch(item);
+      const Parameter parameter = parameter_of(item->place);
       const int64_t stop = std::min(end, item + 1 == items_.end() ? total_ : (item + 1)->start);
       const int64_t from = begin - item->start, to = stop - item->start;
       if (item->layout == nullptr) {
@@ -81,6 +98,8 @@ class PairSweep {
     }
   }
 };
+
+using PairSweep = PairSweepWith<double>;
 
 // The inner loop of an element-wise op, for the strides that occur: contiguous, one value for the whole run, anything.
 template <class W, class R, class Op>

@@ -121,6 +121,29 @@ def at_least_zero(name: str, value: object) -> float:
     return _number(name, value, "a number >= 0", "a finite number >= 0", sys.float_info.max)
 
 
+def positive(name: str, value: object, most: float = sys.float_info.max) -> float:
+    """A finite Python number in (0, most]."""
+    accepted = "a finite number > 0" if most == sys.float_info.max else f"in (0, {most:g}]"
+    number = _number(name, value, "a number > 0" if most == sys.float_info.max else f"a number in (0, {most:g}]", accepted, most)
+    if number == 0:
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
+def integer(name: str, value: object, below: int) -> int:
+    """A Python integer (or one of its symbols under torch.compile) in [0, below), a power of two."""
+    accepted = f"an integer in [0, 2^{below.bit_length() - 1})"
+    if isinstance(value, torch.SymInt):
+        number: int = value  # type: ignore[assignment]
+    elif isinstance(value, Tensor) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {accepted}, got {type(value).__name__}")
+    else:
+        number = int(value)
+    if number < 0 or number >= below:
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
 def _number(name: str, value: object, kind: str, accepted: str, most: float) -> float:
     if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
@@ -160,20 +183,34 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def no_overlap(
-    written_name: str, written: Sequence[Tensor], read_name: str, read: Sequence[Tensor], *, partners_may_be_equal: bool = True
+    written_name: str,
+    written: Sequence[Tensor],
+    read_name: str,
+    read: Sequence[Tensor],
+    *,
+    partners_may_be_equal: bool = True,
+    labels: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> None:
     """No written tensor shares memory with another tensor, except with its own partner element for element if that is allowed.
+
+    ``labels`` are the names of the tensors of both lists where these are joined from several.
 
     Views that interleave in one buffer count as sharing: telling them apart would cost a look at every element.
     """
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*written, *read)):
         return
+
+    def name(writes: bool, i: int) -> str:
+        if labels is not None:
+            return labels[not writes][i]
+        return f"{written_name if writes else read_name}[{i}]"
+
     spans = []
     for i, w in enumerate(written):
         if not w.numel():
             continue
         if _overlaps_itself(w):
-            raise ValueError(f"{written_name}[{i}] has elements that share memory (strides {w.stride()}); pass a .contiguous() copy")
+            raise ValueError(f"{name(True, i)} has elements that share memory (strides {w.stride()}); pass a .contiguous() copy")
         spans.append((*_span(w), True, i))
     for i, r in enumerate(read):
         if r.numel() and not (partners_may_be_equal and i < len(written) and _same_view(written[i], r)):
@@ -184,10 +221,9 @@ def no_overlap(
     for begin, end, writes, i in spans:
         for other_writes, (other_end, j) in ends.items():
             if begin < other_end and (writes or other_writes):
-                a = f"{written_name if writes else read_name}[{i}]"
-                b = f"{written_name if other_writes else read_name}[{j}]"
                 raise ValueError(
-                    f"{a} and {b} share memory or interleave in it, so the result could depend on the order of writes; pass a copy of one"
+                    f"{name(writes, i)} and {name(other_writes, j)} share memory or interleave in it, so the result could depend on the "
+                    "order of writes; pass a copy of one"
                 )
         ends[writes] = max(ends.get(writes, (0, 0)), (end, i))
 

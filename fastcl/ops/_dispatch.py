@@ -117,8 +117,9 @@ def _opaque(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(op: str, family: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register ``fastcl::op``: one implementation for every device, and a fake for tracing."""
-    backends.FAMILIES[op] = family
+    """Register ``fastcl::op``: one implementation for every device, and a fake for tracing. A stage is no op of its own to users."""
+    if op not in backends.STAGES:
+        backends.FAMILIES[op] = family
     torch.library.define(f"fastcl::{op}", schema)
     torch.library.impl(f"fastcl::{op}", "CompositeExplicitAutograd")(_opaque(implementation))
     torch.library.register_fake(f"fastcl::{op}")(fake)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.ops import _checks, _dispatch, _sharded
+from fastcl.reference.importance import fisher_coefficients
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -54,6 +55,102 @@ def _run_emax(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
 
 _dispatch.define("emax_", "importance", "(Tensor(a!)[] importance, Tensor[] new) -> ()", implementation=_run_emax, fake=_check_emax)
+
+
+def fisher_add_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0, max_norm: float | None = None) -> None:
+    """Accumulate the diagonal of the empirical Fisher information, in place: ``F <- F + weight * (c g)^2``.
+
+    Child-Tuning-D's and EWC's estimate (Xu et al., EMNLP 2021, eq. 5; Kirkpatrick et al., PNAS 2017), with weight 1 / N over N examples or
+    batches. With ``max_norm``, every tensor is clipped by its own norm first, as the authors of Child-Tuning do::
+
+        c = min(1, max_norm / (||g|| + 1e-6))          the coefficient of torch.nn.utils.clip_grad_norm_
+
+    The gradients are not written. The norm is summed in float64 in an order that does not depend on the number of threads; a tensor whose
+    norm is NaN becomes NaN. The coefficient is computed in float64; elements in float64 if the pair holds a float64 tensor, else in
+    float32, as ``x = g * c; F + weight * (x * x)`` without contraction, rounded once to ``F``'s dtype. The op is not differentiable.
+
+    Of DTensors the norm is that of the whole tensor, over all ranks of the mesh: one collective with a number per tensor, which every rank
+    has to call; without ``max_norm`` there is none. Gradients are placed as ``fisher`` is.
+
+    Args:
+        fisher: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written. They may not share memory.
+        grads: one tensor per element of ``fisher``, of its shape, on its device; the same dtypes.
+        weight: finite number >= 0.
+        max_norm: finite number > 0, or None: no clipping.
+
+    Raises:
+        TypeError: not lists of dense tensors, a dtype that is not accepted, a number of another type, a plain tensor beside a DTensor, a
+            Partial placement.
+        ValueError: lengths, shapes, devices, meshes or placements that do not fit, shared memory, numbers outside their ranges, a written
+            tensor that requires grad while autograd records. Nothing has been written then.
+    """
+    if _dispatch.traced() or _dispatch.gate("fisher_add_", fisher, grads, weight, max_norm) is _dispatch.REFUSED:
+        _checks.listed("fisher", fisher)
+        _checks.listed("grads", grads)
+        weight = _checks.at_least_zero("weight", weight)
+        if max_norm is not None:
+            max_norm = _checks.positive("max_norm", max_norm)
+        if _sharded.is_sharded(fisher, grads):
+            if max_norm is None:
+                _checks.same_length("grads", grads, "fisher", fisher)
+                _checks.same_shape("grads", grads, "fisher", fisher)
+                _sharded.elementwise(lambda f, g: fisher_add_(f, g, weight), "fisher", fisher, "grads", grads)
+            else:
+                _sharded_fisher(fisher, grads, weight, max_norm)
+            return
+        torch.ops.fastcl.fisher_add_(fisher, grads, weight, max_norm)
+
+
+def _check_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0, max_norm: float | None = None) -> None:
+    _checks.dense("fisher", fisher, _checks.FLOATING)
+    _checks.not_recorded("fisher", fisher)
+    _checks.dense("grads", grads, _checks.FLOATING)
+    _checks.same_length("grads", grads, "fisher", fisher)
+    _checks.same_device("grads", grads, "fisher", fisher)
+    _checks.same_shape("grads", grads, "fisher", fisher)
+    _checks.at_least_zero("weight", weight)
+    if max_norm is not None:
+        _checks.positive("max_norm", max_norm)
+    _checks.no_overlap("fisher", fisher, "grads", grads)
+
+
+def _run_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0, max_norm: float | None = None) -> None:
+    if _dispatch.gate("fisher_add_", fisher, grads, weight, max_norm) is not _dispatch.REFUSED:
+        return
+    _check_fisher(fisher, grads, weight, max_norm)
+    for device, (f, g) in _dispatch.by_device(fisher, grads):
+        _dispatch.run("fisher_add_", device, f, g, weight, max_norm)
+
+
+_dispatch.define(
+    "fisher_add_",
+    "importance",
+    "(Tensor(a!)[] fisher, Tensor[] grads, float weight=1.0, float? max_norm=None) -> ()",
+    implementation=_run_fisher,
+    fake=_check_fisher,
+)
+
+
+@_sharded.outside_graphs
+def _sharded_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float, max_norm: float) -> None:
+    """The op on shards: squares of what this rank counts, those of all ranks together, and with them this rank's own update."""
+    _sharded.check_apart("fisher", fisher)
+    _checks.not_recorded("fisher", fisher)
+    _checks.same_length("grads", grads, "fisher", fisher)
+    _checks.one_device(("fisher", fisher), ("grads", grads))
+    _checks.same_shape("grads", grads, "fisher", fisher)
+    _sharded.check_matching("grads", grads, "fisher", fisher, one_element=False)
+    mesh = _sharded.mesh_of(("fisher", fisher), ("grads", grads))
+    f, g = ([_dispatch.plain(t) for t in _sharded.shards(tensors)] for tensors in (fisher, grads))
+    _check_fisher(f, g, weight, max_norm)
+    counted = _sharded.counted(grads, mesh)
+    squares = torch.zeros(len(g), dtype=torch.float64, device=g[0].device)
+    members = [i for i, t in enumerate(g) if t.numel() and counted[i]]
+    if members:
+        squares[members] = _dispatch.run_reading("fisher_squares", squares.device, [g[i] for i in members])
+    coefficients = fisher_coefficients(_sharded.all_reduce_sum(squares, mesh), max_norm)
+    _dispatch.run("fisher_update_", squares.device, f, g, weight, coefficients)
+    _sharded.bump_versions(fisher)
 
 
 def spg_importance_(accumulated: Sequence[Tensor], grads_by_head: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -1,0 +1,318 @@
+"""What both optimizers share: the transforms, the scaler's contract, clipping, and lists that are made with little work per parameter."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastcl.ops import _checks, _sharded
+from fastcl.optim import _projection, _saved
+from fastcl.optim._binding import Bound
+from fastcl.optim.transforms import ChildMask, Project, Transform
+
+State = dict[str, Any]
+
+
+@dataclass
+class Plan:
+    """What is known of a group's parameters from one step to the next; see :meth:`Swept._plan_of`."""
+
+    params: list[Tensor]
+    start: int  # the first one's position among all parameters
+    local: list[Tensor]  # this rank's memory
+    sharded: bool
+    states: list[State] = field(default_factory=list)
+
+
+@dataclass
+class Rows:
+    """The parameters of a group that a step updates, and what belongs to them, in lists of equal length."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    local: list[Tensor]
+    local_grads: list[Tensor]
+    states: list[State]
+    members: list[int] | None  # positions among all parameters, where some are missing
+    start: int
+    fresh: list[bool] | None = None  # which states were made in this step, if any
+
+    def select(self, members: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        positions = [self.start + i if self.members is None else self.members[i] for i in members]
+        columns = ([column[i] for i in members] for column in (self.params, self.grads, self.local, self.local_grads, self.states))
+        params, grads, local, local_grads, states = columns
+        local = params if self.local is self.params else local
+        return Rows(self.group, params, grads, local, local_grads, states, positions, self.start)
+
+    def pick(self, column: Sequence[Any]) -> list[Any]:
+        """The rows of a list over all parameters."""
+        return list(column[self.start : self.start + len(self.params)]) if self.members is None else [column[i] for i in self.members]
+
+
+class Swept(torch.optim.Optimizer):
+    """An optimizer whose step is one call of an operator for each group."""
+
+    # GradScaler then leaves unscaling and skipping to the step: it sets grad_scale and found_inf, which are read on the device.
+    _step_supports_amp_scaling = True
+    _state_names: ClassVar[frozenset[str]]  # what a state may hold, and must
+    _needed_state: ClassVar[tuple[str, ...]]
+    _group_keys: ClassVar[tuple[str, ...]]
+
+    def __init__(self, params: Any, defaults: dict[str, Any], transforms: Iterable[Transform], clip_norm: float | None) -> None:
+        self.transforms = tuple(transforms)
+        for i, t in enumerate(self.transforms):
+            if not isinstance(t, Transform):
+                raise TypeError(f"transforms[{i}] must be a transform of fastcl.optim, got {type(t).__name__}")
+        self.clip_norm = clip_norm
+        self._forget()
+        self._complete = False
+        super().__init__(params, defaults)
+        self._bind()
+        self._complete = True
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The largest norm of all gradients together; None: they are not clipped."""
+        return self._clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, value: float | None) -> None:
+        if value is not None and _checks.at_least_zero("clip_norm", value) == 0:
+            raise ValueError("clip_norm must be above 0, got 0: every gradient would be 0")
+        self._clip_norm = value
+
+    def _forget(self) -> None:
+        self._plans: list[Plan] = []
+        self._owners: list[State] = []
+        self._bound: list[Bound] = []
+        self._places: list[Any] | None = None
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _bind(self) -> None:
+        """Look up the transforms' values for all parameters. Raises what does not fit, before anything is kept."""
+        params = self._all()
+        names = [n for group in self.param_groups for n in group.get("param_names", ())] or None
+        bound = [Bound(t, params, names) for t in self.transforms]
+        self._accept(bound, params)
+        self._bound = bound
+        self._places = _projection.places(params) if any(isinstance(t, ChildMask) for t in self.transforms) else None
+
+    def _accept(self, bound: Sequence[Bound], params: Sequence[Tensor]) -> None:
+        """What else an optimizer asks of its transforms."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; transforms need values for the new parameters too, in mappings that were extended before.
+
+        Raises:
+            TypeError: a parameter that is no dense floating-point tensor.
+            ValueError: a hyper-parameter outside its range, transforms that do not fit. The group has not been added then.
+        """
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            added = self.param_groups[-1]["params"]
+            local = _sharded.shards(added) if _sharded.is_sharded(added) else added
+            _checks.dense("params", local, _checks.FLOATING)
+            if self._complete:
+                self._bind()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._plans = []
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, runs backward and returns the loss.
+
+        Returns:
+            What ``closure`` returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            _outside(self)
+        else:
+            self._sweep()
+        return loss
+
+    def _sweep(self) -> None:
+        if any(b.version != t.version for b, t in zip(self._bound, self.transforms, strict=True)):
+            self._bind()
+        rows = [r for r in map(self._rows, self.param_groups, self._plans_now()) if r.params]
+        if not rows:
+            return
+        found_inf = getattr(self, "found_inf", None)
+        found_inf = _projection.plain(found_inf) if isinstance(found_inf, Tensor) else None
+        scale = _projection.scale([r.grads for r in rows], getattr(self, "grad_scale", None), self._clip_norm)
+        transforms = self._entries(rows, scale)
+        for r, entries in zip(rows, transforms, strict=True):
+            self._update(r, entries, None if self._places is None else r.pick(self._places), scale, found_inf)
+            if r.local is not r.params:
+                _sharded.bump_versions(r.params)
+
+    def _update(self, rows: Rows, transforms: list[Any], places: list[Any] | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _steps(self, rows: Rows) -> list[Tensor]:
+        return [s["step"] for s in rows.states]
+
+    def _entries(self, rows: Sequence[Rows], scale: Tensor | None) -> list[list[Any]]:
+        """For each group the transforms as the operator takes them, with the projections' coefficients."""
+        entries: list[list[Any]] = [[] for _ in rows]
+        for transform, bound in zip(self.transforms, self._bound, strict=True):
+            if not transform.active:
+                continue
+            lists = [[r.pick(column) for column in bound.lists] for r in rows]
+            if isinstance(transform, Project):
+                steps = [self._steps(r) if self._places is not None else [] for r in rows]
+                coefficient = _projection.coefficient(rows, steps, entries, self._places, scale, [own[0] for own in lists])
+                for own, found in zip(lists, entries, strict=True):
+                    found.append(("project", own[0], coefficient))
+            else:
+                for own, found in zip(lists, entries, strict=True):
+                    found.append(transform.entry(own))
+        return entries
+
+    def _plans_now(self) -> list[Plan]:
+        """What is known of the groups' parameters, as long as it holds.
+
+        Made again when a group's list has other parameters than it had, and when ``state`` holds other dictionaries than it held; both are
+        seen by comparing identities. What the dictionaries hold is looked up in every step.
+        """
+        groups = self.param_groups
+        known = self._plans
+        fits = len(known) == len(groups) and all(_same(plan.params, group["params"]) for plan, group in zip(known, groups, strict=True))
+        if fits and _same(self._owners, self.state.values()):
+            return known
+        self._plans, start = [], 0
+        for group in groups:
+            params = list(group["params"])
+            sharded = _sharded.is_sharded(params)
+            local = _sharded.shards(params) if sharded else params
+            self._plans.append(Plan(params, start, local, sharded, [self.state.get(p, {}) for p in params]))
+            start += len(params)
+        if not fits and known:
+            self._bind()
+        self._owners = list(self.state.values())
+        return self._plans
+
+    def _rows(self, group: dict[str, Any], plan: Plan) -> Rows:
+        params, local, states = plan.params, plan.local, plan.states
+        grads: list[Any] = [p.grad for p in params]
+        for t, bound in zip(self.transforms, self._bound, strict=True):
+            if isinstance(t, Project) and t.active:
+                wanted = bound.present[plan.start : plan.start + len(params)]
+                grads = [_sharded.zeros_like(p) if g is None and w else g for g, p, w in zip(grads, params, wanted, strict=True)]
+        members = [i for i, g in enumerate(grads) if g is not None]
+        whole = len(members) == len(params)
+        if not whole:
+            params, local, states, grads = ([column[i] for i in members] for column in (params, local, states, grads))
+        if plan.sharded:
+            local_grads = self._local_grads(params, grads)
+        else:
+            local, local_grads = params, grads
+        fresh = None
+        if self._incomplete(group, states):
+            fresh = self._begin(group, params, local, [plan.start + i for i in members])
+            states = [self.state[p] for p in params]
+        positions = None if whole else [plan.start + i for i in members]
+        return Rows(group, params, grads, local, local_grads, states, positions, plan.start, fresh)
+
+    def _local_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        _sharded.check_matching("grads", grads, "params", params, one_element=False)
+        return _sharded.shards(grads)
+
+    def _incomplete(self, group: dict[str, Any], states: Sequence[State]) -> bool:
+        """Whether a state that is there lacks something."""
+        raise NotImplementedError
+
+    def _begin(
+        self, group: dict[str, Any], params: Sequence[Tensor], local: Sequence[Tensor], positions: Sequence[int]
+    ) -> list[bool] | None:
+        """Make what is missing in the state of these parameters; says whose, if the step has to know."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's, with torch.optim's names: its optimizer of the same name loads it. Transforms are not part of it."""
+        saved: dict[str, Any] = super().state_dict()
+        return saved
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's, from this optimizer's or torch.optim's of the same name. What is loaded is copied.
+
+        State keeps its precision beside half-precision parameters (torch.optim's would round it), and gets its parameter's strides.
+
+        Raises:
+            ValueError: a state_dict of another optimizer, with amsgrad, or with other shapes. Nothing has been loaded then.
+        """
+        _saved.load(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy take: torch's, and the transforms."""
+        own = {"transforms": self.transforms, "_clip_norm": self._clip_norm}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by pickle, deepcopy and load_state_dict."""
+        super().__setstate__(state)
+        self.defaults.setdefault("differentiable", False)
+        _saved.unwrap(self)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget()
+        self._complete = True
+        self._bind()
+
+
+def check_numbers(group: Mapping[str, Any], **named: str) -> None:
+    """The learning rate and other numbers of a group that are >= 0, with torch.optim's words. Raises TypeError or ValueError."""
+    if isinstance(group["lr"], Tensor) and (group["lr"].numel() != 1 or not group["lr"].is_floating_point()):
+        raise ValueError("Tensor lr must be 1-element and floating-point")
+    for name, words in {"lr": "learning rate", **named}.items():
+        value = group[name]
+        if not isinstance(value, numbers.Real) and not (name == "lr" and isinstance(value, Tensor)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
+
+
+def device_lr(group: Mapping[str, Any], like: Tensor) -> Any:
+    """The group's learning rate; a tensor as the operator reads it on the device."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    dtype = lr.dtype if lr.dtype == torch.float64 else torch.float32
+    return _projection.plain(lr).detach().reshape(()).to(like.device, dtype, non_blocking=True)
+
+
+def _same(known: Sequence[Any], now: Iterable[Any]) -> bool:
+    """Whether these are the very same objects."""
+    now = list(now)
+    return len(known) == len(now) and all(map(operator.is_, known, now))
+
+
+@torch._disable_dynamo
+def _outside(optimizer: Swept) -> None:
+    optimizer._sweep()
