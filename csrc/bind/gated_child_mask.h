@@ -72,11 +72,16 @@ struct GatedChildMask {
       return gate.verdict();
     return Gated<Backend>::run(gate, [&](Backend& backend) { backend.child_mask_at_(g, k, key, uint32_t(s), where.all); });
   }
+
+  static Object whole_(const Object& grads, const Object& keep, const Object& seed, const Object& step, bool grad_mode) {
+    return at_(grads, keep, seed, step, pybind11::none(), grad_mode);
+  }
 };
 
 template <class Backend>
 void define_child_mask(pybind11::module_& m) {
   using pybind11::arg;
+  m.def("child_mask_", &GatedChildMask<Backend>::whole_, arg("grads"), arg("keep"), arg("seed"), arg("step"), arg("grad_mode"));
   m.def("child_mask_at_", &GatedChildMask<Backend>::at_, arg("grads"), arg("keep"), arg("seed"), arg("step"), arg("places"),
         arg("grad_mode"));
 }

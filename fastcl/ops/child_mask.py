@@ -49,7 +49,7 @@ def child_mask_at_(grads: Sequence[Tensor], keep: float, seed: int, step: int, p
     None: a tensor's position in the list, and the whole tensor. Places of DTensors hold their index only: the rest follows from how they
     are sharded.
     """
-    if not _dispatch.traced() and _dispatch.gate("child_mask_at_", grads, keep, seed, step, places) is not _dispatch.REFUSED:
+    if not _dispatch.traced() and _gate(grads, keep, seed, step, places):
         return
     _checks.listed("grads", grads)
     keep = _checks.positive("keep", keep, 1)
@@ -65,6 +65,12 @@ def child_mask_at_(grads: Sequence[Tensor], keep: float, seed: int, step: int, p
     torch.ops.fastcl.child_mask_(grads, keep, _places.signed(seed), step, _places.flat(places))
 
 
+def _gate(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Sequence[Place] | None) -> bool:
+    if places is None:
+        return _dispatch.gate("child_mask_", grads, keep, seed, step) is not _dispatch.REFUSED
+    return _dispatch.gate("child_mask_at_", grads, keep, seed, step, places) is not _dispatch.REFUSED
+
+
 def _check(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Sequence[int] = ()) -> None:  # noqa: ARG001
     _checks.dense("grads", grads, _checks.FLOATING)
     _checks.not_recorded("grads", grads)
@@ -77,7 +83,7 @@ def _check(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: S
 def _run(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Sequence[int] = ()) -> None:
     seed = _places.unsigned(seed)
     where = _places.unflat(places, grads)
-    if _dispatch.gate("child_mask_at_", grads, keep, seed, step, where) is not _dispatch.REFUSED:
+    if _gate(grads, keep, seed, step, where):
         return
     _check(grads, keep, seed, step, places)
     devices = list(dict.fromkeys(g.device for g in grads))
@@ -85,8 +91,11 @@ def _run(grads: Sequence[Tensor], keep: float, seed: int, step: int, places: Seq
         where = _places.whole(grads)
     for device in devices:
         members = [i for i, g in enumerate(grads) if g.device == device]
-        own = None if where is None else [where[i] for i in members]
-        _dispatch.run("child_mask_at_", device, [_dispatch.plain(grads[i]) for i in members], keep, seed, step, own)
+        own = [_dispatch.plain(grads[i]) for i in members]
+        if where is None:
+            _dispatch.run("child_mask_", device, own, keep, seed, step)
+        else:
+            _dispatch.run("child_mask_at_", device, own, keep, seed, step, [where[i] for i in members])
 
 
 _dispatch.define(

@@ -5,10 +5,10 @@ row. The rivals are written the way code outside fastcl does it: ``official`` as
 ops, ``foreach`` with torch._foreach_*. ``compile`` (torch.compile of ``eager``) is made from the row by :meth:`OpCase.provider`.
 """
 
-from fastcl.testing import importance, projection, soft_mask
+from fastcl.testing import child_mask, importance, projection, pull, soft_mask
 from fastcl.testing._case import Args, OpCase, Shape, clone, largest_error, unit_roundoff
 from fastcl.testing._inputs import SIZES, elements, gradients, importances
 
-CASES: dict[str, OpCase] = {case.name: case for family in (soft_mask, importance, projection) for case in family.CASES}
+CASES: dict[str, OpCase] = {case.name: case for family in (soft_mask, importance, projection, child_mask, pull) for case in family.CASES}
 
 __all__ = ["CASES", "SIZES", "Args", "OpCase", "Shape", "clone", "elements", "gradients", "importances", "largest_error", "unit_roundoff"]

@@ -36,6 +36,8 @@ class OpCase:
     uint8: bool = True  # the other list may be importance stored as uint8
     broadcasts: bool = False  # the other list's tensors may be smaller
     traces: bool = True  # eager code for it can be compiled
+    alone: bool = False  # there is no other list
+    random: bool = False  # its rivals draw other random numbers
 
     def provider(self, name: str) -> Callable[..., Any]:
         """An implementation by name: fastcl, reference, official, eager, foreach or compile."""

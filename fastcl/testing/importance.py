@@ -66,6 +66,35 @@ def _spg_eager(accumulated: list[Tensor], grads_by_head: list[list[Tensor]]) -> 
     return total / sum(a.numel() for a in accumulated)
 
 
+# Clips nothing, and costs the same: the official code clips the gradients in place, and all providers share them.
+MAX_NORM = 1e6
+
+
+def _fisher_args(shapes: Sequence[Shape], dtype: torch.dtype, stored: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
+    return importances(shapes, stored, device, seed), gradients(shapes, dtype, device, seed + 1), 0.125, MAX_NORM
+
+
+def _fisher_official(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0, max_norm: float = MAX_NORM) -> None:
+    for n, g in enumerate(grads):
+        parameter = torch.nn.Parameter(g)  # its values are not looked at
+        parameter.grad = g
+        torch.nn.utils.clip_grad_norm_(parameter, max_norm)
+        fisher[n] += g**2 / (1 / weight)
+
+
+def _fisher_eager(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0, max_norm: float = MAX_NORM) -> None:
+    for f, g in zip(fisher, grads, strict=True):
+        x = g * (max_norm / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1)
+        f.add_(x * x, alpha=weight)
+
+
+def _fisher_foreach(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0, max_norm: float = MAX_NORM) -> None:
+    norms = torch.stack(torch._foreach_norm(grads))
+    clipped = torch._foreach_mul(grads, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
+    torch._foreach_mul_(clipped, clipped)
+    torch._foreach_add_(fisher, clipped, alpha=weight)
+
+
 CASES = (
     OpCase(
         name="emax_",
@@ -86,5 +115,16 @@ CASES = (
         bytes_per_element=lambda gradient, stored: 2 * gradient + 2 * stored,  # with one head
         bitwise=False,
         read_first=lambda gradient, stored: gradient,  # noqa: ARG005
+    ),
+    OpCase(
+        name="fisher_add_",
+        call=ops.fisher_add_,
+        reference=reference.fisher_add_,
+        make=_fisher_args,
+        providers={"official": _fisher_official, "eager": _fisher_eager, "foreach": _fisher_foreach},
+        bytes_per_element=lambda gradient, stored: 2 * gradient + 2 * stored,
+        bitwise=True,
+        read_first=lambda gradient, stored: gradient,  # noqa: ARG005
+        uint8=False,
     ),
 )
