@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastcl.kernels._access import here, numeral, read_list, row_value, write_list
 from fastcl.kernels._lists import CAPACITIES, MOST_DIMS, encode, launches, number, on_device, padded_capacity
+from fastcl.kernels._math import decode, precision, total
 from fastcl.kernels._math import encode as rounded
-from fastcl.kernels._math import precision, total
 from fastcl.kernels._products import CHUNK, partial_sums
 
 
@@ -37,8 +37,8 @@ def _add_square(lists: tl.tuple, at: tl.tuple, clip: tl.tensor, weight: tl.tuple
     stored = read_list(lists, at, 0, SHAPE, MASKED)
     grad = read_list(lists, at, 1, SHAPE, MASKED)
     dtype: tl.constexpr = precision(stored.dtype, grad.dtype)
-    x = grad.to(dtype) * clip
-    write_list(lists, at, 0, rounded(stored.to(dtype) + numeral(weight, 0, dtype) * (x * x), stored.dtype), SHAPE, MASKED)
+    x = decode(grad, dtype) * clip
+    write_list(lists, at, 0, rounded(decode(stored, dtype) + numeral(weight, 0, dtype) * (x * x), stored.dtype), SHAPE, MASKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

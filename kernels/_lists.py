@@ -255,7 +255,7 @@ def launches(
 
 
 def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return encode([t.storage_offset() for t in tensors], True) if tensors[0].is_meta else tensors
+    return encode([int(t.storage_offset()) for t in tensors], True) if tensors[0].is_meta else tensors
 
 
 def _launch(

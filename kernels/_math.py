@@ -103,7 +103,11 @@ def from_code(code: tl.tensor) -> tl.tensor:
 @triton.jit  # type: ignore[untyped-decorator]
 def decode(stored: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """What a stored importance (or a gradient) stands for, in the precision of computation."""
-    value = stored.to(DTYPE)
+    if stored.dtype == tl.bfloat16 and _INTERPRETED:
+        # The interpreter loses subnormal numbers on the way, and NaN and Inf on the direct one to float64.
+        value = (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        value = stored.to(DTYPE)
     if stored.dtype == tl.uint8:
         return from_code(value)
     return value

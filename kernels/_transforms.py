@@ -79,10 +79,10 @@ def _stage(
         result = tl.where(kept, x, 0.0)
     elif KIND == _PROJECT:
         v = tl.load(beside(lists, at, B, SHAPE))
-        moved = x.to(tl.float64) + v * read_list(lists, at, A, SHAPE, MASKED).to(tl.float64)
+        moved = x.to(tl.float64) + v * decode(read_list(lists, at, A, SHAPE, MASKED), tl.float64)
         result = tl.where(v == 0, x, moved.to(x.dtype))
     else:
-        pull = read_list(lists, at, A, SHAPE, MASKED).to(x.dtype) * (p - read_list(lists, at, B, SHAPE, MASKED).to(x.dtype))
+        pull = decode(read_list(lists, at, A, SHAPE, MASKED), x.dtype) * (p - decode(read_list(lists, at, B, SHAPE, MASKED), x.dtype))
         result = x + numeral(numbers, N, x.dtype) * pull
     return result
 
@@ -102,7 +102,7 @@ def transformed(
     MASKED: tl.constexpr,
 ) -> tl.tensor:
     """The gradient, list 1, of the parameter ``p``, scaled and after all transforms, in the precision of ``p``."""
-    x = read_list(lists, at, 1, SHAPE, MASKED).to(p.dtype) * scale
+    x = decode(read_list(lists, at, 1, SHAPE, MASKED), p.dtype) * scale
     if SHAPE.KINDS[1] == _SCALAR:
         x = tl.broadcast_to(x, (SHAPE.BLOCK,))
     for n in tl.static_range(len(PLAN.STAGES)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.kernels._access import beside, first_index, here, indices, read_list, write_list
 from fastcl.kernels._indices import indexed, own_indices, row_major
 from fastcl.kernels._lists import MOST_DIMS, launches, on_device
-from fastcl.kernels._math import precision
+from fastcl.kernels._math import decode, precision
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,7 +98,7 @@ def _compare(
     value = read_list(lists, at, VALUES, SHAPE, MASKED)
     dtype: tl.constexpr = precision(value.dtype, value.dtype)
     places = tl.arange(0, 8)[None, :]
-    above = tl.reshape((value.to(dtype) >= _at_least(tl.load(threshold), dtype)).to(tl.int32), (SHAPE.BLOCK // 8, 8))
+    above = tl.reshape((decode(value, dtype) >= _at_least(tl.load(threshold), dtype)).to(tl.int32), (SHAPE.BLOCK // 8, 8))
     byte = tl.arange(0, SHAPE.BLOCK // 8)
     if MASKED:
         above = tl.where(8 * byte[:, None] + places < at[2], above, 0)

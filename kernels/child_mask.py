@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.kernels._access import first_index, here, indices, numeral, read_list, row_value, whole, write_list
 from fastcl.kernels._indices import Place, indexed, whole_indices
 from fastcl.kernels._lists import number, on_device, words
-from fastcl.kernels._math import encode, precision
+from fastcl.kernels._math import decode, encode, precision
 
 DRAW = 8  # values that :func:`drawing` makes
 
@@ -86,7 +86,7 @@ def _mask(lists: tl.tuple, at: tl.tuple, kept: tl.tensor, scale: tl.tuple, SHAPE
     grad = read_list(lists, at, 0, SHAPE, MASKED)
     dtype: tl.constexpr = precision(grad.dtype, grad.dtype)
     factor = tl.where(kept, numeral(scale, 0, dtype), 0.0)
-    write_list(lists, at, 0, encode(grad.to(dtype) * factor, grad.dtype), SHAPE, MASKED)
+    write_list(lists, at, 0, encode(decode(grad, dtype) * factor, grad.dtype), SHAPE, MASKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

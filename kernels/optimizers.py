@@ -19,7 +19,7 @@ from fastcl.kernels._access import beside, here, numeral, read_list, row_value, 
 from fastcl.kernels._compact import slots
 from fastcl.kernels._indices import Place
 from fastcl.kernels._lists import number, on_device
-from fastcl.kernels._math import divide, encode, precision, root
+from fastcl.kernels._math import decode, divide, encode, root
 from fastcl.kernels._products import CHUNK, sum_kernel
 from fastcl.kernels._transforms import Sweep, Transform, sweeps, transformed
 
@@ -64,7 +64,7 @@ def _adamw(
     MASKED: tl.constexpr,
 ) -> None:
     stored = read_list(lists, at, 0, SHAPE, MASKED)
-    p = stored.to(row.dtype.element_ty)
+    p = decode(stored, row.dtype.element_ty)
     step = tl.load(row).to(tl.int64).to(tl.uint32)
     x = transformed(p, tl.load(row + 1), lists, at, numbers, draws, tensor, step, PLAN, SHAPE, MASKED)
     if MAXIMIZE:
@@ -147,7 +147,7 @@ def _sgd(
     MASKED: tl.constexpr,
 ) -> None:
     stored = read_list(lists, at, 0, SHAPE, MASKED)
-    p = stored.to(row.dtype.element_ty)
+    p = decode(stored, row.dtype.element_ty)
     step = tl.load(row).to(tl.int64).to(tl.uint32)
     x = transformed(p, tl.load(row + 1), lists, at, numbers, draws, tensor, step, PLAN, SHAPE, MASKED)
     if MAXIMIZE:
@@ -212,10 +212,10 @@ def _products(
     SHAPE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    p = read_list(lists, at, 0, SHAPE, MASKED).to(row.dtype.element_ty)
+    p = decode(read_list(lists, at, 0, SHAPE, MASKED), row.dtype.element_ty)
     step = tl.load(row).to(tl.int64).to(tl.uint32)
     x = transformed(p, tl.load(row + 1), lists, at, numbers, draws, tensor, step, PLAN, SHAPE, MASKED).to(tl.float64)
-    r = read_list(lists, at, 2, SHAPE, MASKED).to(tl.float64)
+    r = decode(read_list(lists, at, 2, SHAPE, MASKED), tl.float64)
     exists = tl.arange(0, SHAPE.BLOCK) < at[2]
     tl.store(out, tl.sum(tl.where(exists, x * r, 0.0), 0))
     tl.store(out + blocks.to(tl.int64), tl.sum(tl.where(exists, r * r, 0.0), 0))
@@ -272,10 +272,9 @@ def _args(sweep: Sweep, rows: dict[bool, Tensor]) -> tuple[Any, ...]:
 
 
 def _advance_(steps: Sequence[Tensor], found_inf: Tensor | None) -> None:
-    if steps and found_inf is None:
-        torch._foreach_add_(list(steps), 1)
-    elif steps:
-        torch._foreach_add_(list(steps), (found_inf.reshape(()) == 0).to(steps[0].dtype))
+    if steps:
+        one = 1 if found_inf is None else (found_inf.reshape(()) == 0).to(steps[0].dtype)
+        torch._foreach_add_(list(steps), one)
 
 
 def adamw_(

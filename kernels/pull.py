@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.kernels._access import here, numeral, read_list, write_list
 from fastcl.kernels._lists import launches, number, on_device
-from fastcl.kernels._math import encode, precision
+from fastcl.kernels._math import decode, encode, precision
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -21,8 +21,8 @@ def _pull(lists: tl.tuple, at: tl.tuple, twice: tl.tuple, SHAPE: tl.constexpr, M
     weight = read_list(lists, at, 2, SHAPE, MASKED)
     anchor = read_list(lists, at, 3, SHAPE, MASKED)
     dtype: tl.constexpr = precision(precision(grad.dtype, param.dtype), precision(weight.dtype, anchor.dtype))
-    pull = weight.to(dtype) * (param.to(dtype) - anchor.to(dtype))
-    write_list(lists, at, 0, encode(grad.to(dtype) + numeral(twice, 0, dtype) * pull, grad.dtype), SHAPE, MASKED)
+    pull = decode(weight, dtype) * (decode(param, dtype) - decode(anchor, dtype))
+    write_list(lists, at, 0, encode(decode(grad, dtype) + numeral(twice, 0, dtype) * pull, grad.dtype), SHAPE, MASKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

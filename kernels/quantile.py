@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.kernels._access import here, read_list
 from fastcl.kernels._lists import BLOCK, launches, on_device
-from fastcl.kernels._math import precision
+from fastcl.kernels._math import decode, precision
 
 DIGITS = {False: (11, 11, 10), True: (11, 11, 11, 11, 11, 9)}  # bits of a key's digits, most significant first
 BINS = 2048
@@ -61,7 +61,7 @@ def counts_kernel(
             stored = read_list(lists, at, 0, PART, False)
         else:
             stored = read_list(lists, at, 0, PART, True)
-        value = stored.to(precision(stored.dtype, stored.dtype))
+        value = decode(stored, precision(stored.dtype, stored.dtype))
         exists = lane < count - done
         keys = _keys(value, WIDE)
         digits = ((keys >> BELOW) & ((1 << WIDTH) - 1)).to(tl.int32)
