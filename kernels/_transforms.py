@@ -26,6 +26,8 @@ _SCALAR = tl.constexpr(1)
 
 BLOCK = 2048  # half of what others take: parameter, gradient, two moments and operands wait in registers at once
 
+_WALKED = {"soft_mask": 1, "project": 1, "pull": 2}  # operands that are walked through
+
 Transform = tuple[Any, ...]
 
 
@@ -144,7 +146,7 @@ def _group(
     walked, aside = ([[column[n] for n in members] for column in columns] for columns in (lists, others))
     numbers: list[float] = []
     draws: list[int] = []
-    last = len(walked) + sum({"soft_mask": 1, "project": 1, "pull": 2}.get(kind, 0) for kind, *_ in transforms) + own + (places is not None)
+    last = len(walked) + sum(_WALKED.get(kind, 0) for kind, *_ in transforms) + own + (places is not None)
     stages: list[tuple[int, int, int, int]] = []
     for kind, *operands in transforms:
         if kind == "soft_mask":
@@ -175,8 +177,8 @@ def _group(
         whole_column = len(walked)
         walked.append([index(lists[0][n].shape, places[n][1], places[n][2]) for n in members])
     for launch in launches(*walked, beside=aside, values=2, block=BLOCK):
-        double = launch.columns[0][0].dtype == torch.float64
         here = tuple(members[m] for m in launch.members)
+        double = lists[0][here[0]].dtype == torch.float64
         yield Sweep(
             launch,
             here,

@@ -50,12 +50,17 @@ def run(op: str, dtype: torch.dtype, other: torch.dtype = F32, tensors: int = 1,
         raise ValueError(op)
 
 
+def fused(ptx: str) -> int:
+    """How many products and sums of float32 are rounded once; newer GPUs make two of them at once."""
+    assert set(contracted(ptx)) <= {"fma.rn.f32", "fma.rn.f32x2"}
+    return sum(2 if kind.endswith("x2") else 1 for kind in contracted(ptx))
+
+
 WRITERS = ["child_mask_", "bit_mask_", "ewc_pull_", "fisher_add_"]
 
 
 @pytest.mark.parametrize("op", WRITERS)
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("target", "dtype"), [*((t, F32) for t in NVIDIA), ("sm_90", BF16), ("sm_90", F16)], ids=str)
 def test_ptx_of_the_bitwise_ops(op: str, dtype: torch.dtype, target: str, launches: list[Any], tmp_path: Path) -> None:
     run(op, dtype)
     assert len(launches) == 1
@@ -103,18 +108,15 @@ def test_ptx_of_the_threshold(launches: list[Any]) -> None:
     assert "setp.ge.f64" not in ptx
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("target", "dtype", "level"), [*((t, F32, 1) for t in NVIDIA), ("sm_90", BF16, 0)], ids=str)
 def test_ptx_of_the_counts(level: int, dtype: torch.dtype, target: str, launches: list[Any], tmp_path: Path) -> None:
     quantile.radix_counts(many(dtype), torch.zeros(2, dtype=I64), level, False)
     ptx = compiled(launches[0], target)["ptx"]
     assert vectors(ptx, "ld")
     assert "f64" not in ptx
     # Whole numbers alone are added where others add, so that the order does not matter.
-    assert set(re.findall(r"\b(?:atom|red)\.\S+", ptx)) <= {"atom.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.add.u64"} | set(
-        re.findall(r"\b(?:atom|red)\.shared\.add\.u32", ptx)
-    )
+    added = {re.sub(r"^(atom|red)\.", "", name) for name in re.findall(r"\b(?:atom|red)\.\S+", ptx)}
+    assert added == {"relaxed.sys.shared.add.u32", "global.gpu.relaxed.add.u64"}
     assert resources(launches[0], target, tmp_path / "cubin")["STACK"] == 0
 
 
@@ -145,26 +147,26 @@ def adamw(dtype: torch.dtype, transforms: list[tuple[Any, ...]], tensors: int = 
     optimizers.adamw_(written[0], many(dtype, tensors, shape), *written[1:], transforms, **given)
 
 
-@pytest.mark.parametrize("transforms", TRANSFORMS)
-@pytest.mark.parametrize("target", NVIDIA)
-def test_ptx_of_adamw(transforms: str, target: str, launches: list[Any], tmp_path: Path) -> None:
-    for dtype in (F32, BF16):
-        launches.clear()
-        adamw(dtype, TRANSFORMS[transforms])
-        (launch,) = launches
-        ptx = compiled(launch, target)["ptx"]
-        assert vectors(ptx, "ld")
-        assert vectors(ptx, "st")
-        assert "f64" not in ptx
-        # Two fused operations per element, one for each moment, and no others: a thread has 8 elements, twice (whole blocks and tails).
-        assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == 2 * 2 * 8
-        assert set(contracted(ptx)) == {"fma.rn.f32"}
-        assert not approximate(ptx)
-        assert "sqrt.rn.f32" in ptx
-        assert not re.search(r"sqrt\.approx|\.ftz", ptx)
-        used = resources(launch, target, tmp_path / "cubin")
-        assert used["STACK"] == 0
-        assert used["REG"] <= 128, used
+PLANS = [*(("sm_90", F32, name) for name in TRANSFORMS), *(("sm_90", BF16, name) for name in ("none", "all"))]
+PLANS += [(target, F32, name) for target in ("sm_80", "sm_100") for name in ("none", "all")]
+
+
+@pytest.mark.parametrize(("target", "dtype", "transforms"), PLANS, ids=str)
+def test_ptx_of_adamw(target: str, dtype: torch.dtype, transforms: str, launches: list[Any], tmp_path: Path) -> None:
+    adamw(dtype, TRANSFORMS[transforms])
+    (launch,) = launches
+    ptx = compiled(launch, target)["ptx"]
+    assert vectors(ptx, "ld")
+    assert vectors(ptx, "st")
+    assert "f64" not in ptx
+    # Two fused operations per element, one for each moment, and no others: a thread has 8 elements, twice (whole blocks and tails).
+    assert fused(ptx) == 2 * 2 * 8
+    assert not approximate(ptx)
+    assert "sqrt.rn.f32" in ptx
+    assert not re.search(r"sqrt\.approx|\.ftz", ptx)
+    used = resources(launch, target, tmp_path / "cubin")
+    assert used["STACK"] == 0
+    assert used["REG"] <= 128, used
 
 
 @pytest.mark.parametrize("hf", [False, True], ids=["torch", "hf"])
@@ -190,44 +192,40 @@ def test_ptx_of_compact_states(launches: list[Any], tmp_path: Path) -> None:
         Z, Z, [torch.zeros(9)], [torch.zeros(9)], COUNTED, [("fixed_mask", child)], None, (child, [torch.zeros(3, dtype=I64)]),
         None, None, 1e-3, 0.9, 0.999, 1e-8, 0.1, False, False,
     )  # fmt: skip
-    for target in NVIDIA:
-        ptx = compiled(launches[0], target)["ptx"]
-        assert vectors(ptx, "ld")
-        assert "f64" not in ptx
-        assert resources(launches[0], target, tmp_path / "cubin")["STACK"] == 0
+    ptx = compiled(launches[0], "sm_90")["ptx"]
+    assert vectors(ptx, "ld")
+    assert "f64" not in ptx
+    assert resources(launches[0], "sm_90", tmp_path / "cubin")["STACK"] == 0
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("target", NVIDIA)
-def test_ptx_of_sgd(momentum: float, target: str, launches: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "momentum"), [("sm_80", 0.9), ("sm_90", 0.0), ("sm_90", 0.9), ("sm_100", 0.9)])
+def test_ptx_of_sgd(target: str, momentum: float, launches: list[Any], tmp_path: Path) -> None:
     buffers = Z if momentum else []
     optimizers.sgd_(Z, Z, buffers, [], [], None, None, None, 0.1, momentum, 0.0, 0.1, momentum > 0, False, False)
     ptx = compiled(launches[0], target)["ptx"]
     assert vectors(ptx, "ld")
     assert vectors(ptx, "st")
     assert "f64" not in ptx
-    assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == (4 if momentum else 2) * 2 * 8
+    assert fused(ptx) == (4 if momentum else 2) * 2 * 8
     assert resources(launches[0], target, tmp_path / "cubin")["STACK"] == 0
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_ptx_of_the_transformed_dot(target: str, launches: list[Any], tmp_path: Path) -> None:
+def test_ptx_of_the_transformed_dot(launches: list[Any], tmp_path: Path) -> None:
     optimizers.transformed_dot(Z, Z, [], [("soft_mask", Z, 0.5)], None, None, Z)
     assert [kernel.__name__ for kernel, *_ in launches] == ["dot_kernel", "sum_kernel"]
-    ptx = compiled(launches[0], target)["ptx"]
+    ptx = compiled(launches[0], "sm_90")["ptx"]
     assert vectors(ptx, "ld")
     assert "atom" not in ptx
     assert not contracted(ptx)
-    assert resources(launches[0], target, tmp_path / "cubin")["STACK"] == 0
+    assert resources(launches[0], "sm_90", tmp_path / "cubin")["STACK"] == 0
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_amd_compiles(dtype: torch.dtype, launches: list[Any]) -> None:
     for op in (*WRITERS, "threshold_bits_"):
         run(op, dtype, dtype)
     _fisher.fisher_squares(many(dtype))
-    for level in range(3):
-        quantile.radix_counts(many(dtype), torch.zeros(2, dtype=I64), level, dtype == F64)
+    quantile.radix_counts(many(dtype), torch.zeros(2, dtype=I64), 1, dtype == F64)
     adamw(dtype, [*TRANSFORMS["all"], ("project", Z, torch.zeros(1, dtype=F64))])
     optimizers.sgd_(many(dtype), many(dtype), [], [], [], None, None, None, 0.1, 0.0, 0.0, 0.1, False, False, False)
     for launch in launches:
@@ -274,8 +272,9 @@ def test_another_model_compiles_nothing_new(launches: list[Any]) -> None:
         )  # fmt: skip
         _fisher.fisher_squares(grads)
         quantile.radix_counts(grads, torch.zeros(2, dtype=I64), 1, False)
-    names = {kernel.__name__ for kernel, *_ in launches}
-    assert len(keys(launches)) == len(names) == 6
+    names = {"child_mask_kernel", "adamw_kernel", "products_kernel", "segments_kernel", "counts_kernel"}
+    assert {kernel.__name__ for kernel, *_ in launches} == names
+    assert len(keys(launches)) == len(names)
 
 
 def test_few_launches(launches: list[Any]) -> None:

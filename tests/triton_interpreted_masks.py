@@ -1,4 +1,4 @@
-"""The Triton kernels of masks, pull, Fisher information and quantile against the reference, in the interpreter; see triton_interpreted.py."""
+"""The Triton kernels of masks, pull, Fisher and quantile against the reference, in the interpreter; see triton_interpreted.py."""
 
 import importlib
 import itertools

@@ -1,5 +1,6 @@
 """The optimizers' Triton kernels against the reference, bit for bit, in the interpreter; see triton_interpreted.py."""
 
+import itertools
 import math
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_nothing_is_written_where_a_gradient_was_not_finite(found: float) -> Non
     )
     written = [params(F32), params(F32, 1), steps()]
     left = run("sgd_", written, params(F32, 3), [], places=None, scale=None, found_inf=flag, **MOMENTUM)
-    assert all(identical(a, b) for a, b in zip(left, sum(written, []), strict=True))
+    assert all(identical(a, b) for a, b in zip(left, itertools.chain(*written), strict=True))
 
 
 def compact(dtype: torch.dtype, bits: list[Tensor], **options: Any) -> tuple[list[Tensor], list[Tensor]]:
