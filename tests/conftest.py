@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastcl import backends, use_backend
+from fastcl.reference import optimizers
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Without a named backend every one that can serve here is tested; with one (the interpreter run, the GPU run), that one.
@@ -34,3 +35,9 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def exact_root(monkeypatch):
+    """torch.optim's loop with the square root that it has where its vector library's is exact."""
+    monkeypatch.setattr(torch.Tensor, "sqrt", optimizers._root)

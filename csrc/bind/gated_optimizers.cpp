@@ -76,18 +76,6 @@ bool OptimizerArguments::take_bits(const char* name, py::handle list, Views& out
   return true;
 }
 
-bool OptimizerArguments::take_probability(py::handle keep, double& out) {
-  return gate.take_number("keep", keep, 1, out) && gate.require(out > 0, "keep", kNone, "is outside its range");
-}
-
-bool OptimizerArguments::take_seed(py::handle seed, uint64_t& out) {
-  if (!gate.require(PyLong_CheckExact(seed.ptr()), "seed", kNone, "is not a whole number")) return false;
-  out = PyLong_AsUnsignedLongLong(seed.ptr());
-  const bool failed = PyErr_Occurred() != nullptr;
-  PyErr_Clear();
-  return gate.require(!failed, "seed", kNone, "is outside its range");
-}
-
 bool OptimizerArguments::take_transform(py::handle transform, Transform& out) {
   constexpr const char* unknown = "is not a tuple of a known kind and its operands";
   if (!gate.require(PyTuple_CheckExact(transform.ptr()), "transforms", kNone, unknown)) return false;
@@ -113,7 +101,7 @@ bool OptimizerArguments::take_transform(py::handle transform, Transform& out) {
   }
   if (is("child_mask", 2)) {
     out.kind = TransformKind::child_mask;
-    return take_probability(item(1), out.number) && take_seed(item(2), out.seed) &&
+    return gate.take_positive("keep", item(1), 1, out.number) && gate.take_unsigned("seed", item(2), ~uint64_t(0), out.seed) &&
            gate.require(inputs.steps.size() == params.size(), "steps", kNone, "has another length");
   }
   if (is("fixed_mask", 1)) {
@@ -150,48 +138,11 @@ bool OptimizerArguments::take_transforms(const Object& transforms) {
   return true;
 }
 
-bool OptimizerArguments::take_whole(py::handle value, int64_t most, int64_t& out) {
-  if (!gate.require(PyLong_CheckExact(value.ptr()), "places", kNone, "holds what is not a whole number")) return false;
-  out = PyLong_AsLongLong(value.ptr());
-  const bool failed = PyErr_Occurred() != nullptr;
-  PyErr_Clear();
-  return gate.require(!failed && out >= 0 && out <= most, "places", kNone, "holds a number outside its range");
-}
-
-bool OptimizerArguments::take_place(py::handle place, size_t i) {
-  constexpr int64_t most = int64_t(1) << 62;
-  const View& param = inputs.params[i];
-  const py::object items = tuple_of(place);
-  if (!gate.require(items && PyTuple_GET_SIZE(items.ptr()) == 3, "places", i, "is not a tensor's index, an offset and strides"))
-    return false;
-  const py::object strides = tuple_of(PyTuple_GET_ITEM(items.ptr(), 2));
-  if (!gate.require(strides && PyTuple_GET_SIZE(strides.ptr()) == param.ndim, "places", i, "does not have a stride for each dimension"))
-    return false;
-  int64_t tensor = 0, last = 0;
-  if (!take_whole(PyTuple_GET_ITEM(items.ptr(), 0), UINT32_MAX, tensor) || !take_whole(PyTuple_GET_ITEM(items.ptr(), 1), most, last))
-    return false;
-  inputs.places.starts.push_back(inputs.places.numbers.size());
-  inputs.places.numbers.insert(inputs.places.numbers.end(), {tensor, last});
-  for (int d = 0; d < param.ndim; ++d) {
-    int64_t stride = 0;
-    if (!take_whole(PyTuple_GET_ITEM(strides.ptr(), d), most, stride)) return false;
-    inputs.places.numbers.push_back(stride);
-    const int64_t steps = param.elements > 0 ? param.shape[d] - 1 : 0;
-    if (!gate.require(steps == 0 || stride <= (most - last) / steps, "places", i, "reaches too far")) return false;
-    last += steps * stride;
-  }
-  return true;
-}
-
 bool OptimizerArguments::take_places(const Object& places) {
   if (places.is_none()) return true;
-  const py::object items = tuple_of(places);
-  if (!gate.require(bool(items), "places", kNone, "is not a list or tuple") ||
-      !gate.same_length("places", size_t(PyTuple_GET_SIZE(items.ptr())), inputs.params.size()))
-    return false;
-  for (size_t i = 0; i < inputs.params.size(); ++i)
-    if (!take_place(PyTuple_GET_ITEM(items.ptr(), py::ssize_t(i)), i)) return false;
-  return true;
+  const bool passed = places_.take(gate, "places", places, inputs.params);
+  inputs.places = places_.all;
+  return passed;
 }
 
 bool OptimizerArguments::take_compact(const Object& compact) {

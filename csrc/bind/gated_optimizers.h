@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "bind/gated.h"
+#include "bind/gated_child_mask.h"
 #include "core/optimizers.h"
 #include "core/transforms.h"
 
@@ -33,11 +34,9 @@ class OptimizerArguments {
   bool apart();
 
  private:
+  Places places_;  // owns the strides
+
   bool take_transform(pybind11::handle transform, Transform& out);
-  bool take_probability(pybind11::handle keep, double& out);
-  bool take_seed(pybind11::handle seed, uint64_t& out);
-  bool take_place(pybind11::handle place, size_t i);
-  bool take_whole(pybind11::handle value, int64_t most, int64_t& out);
   bool take_bits(const char* name, pybind11::handle list, Views& out);
   bool scalar(const char* name, const Views& list, bool accepts_f64, bool accepts_f32, bool any_shape);
 };

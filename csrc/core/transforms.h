@@ -23,31 +23,14 @@ struct Transform {
   Views coefficient;  // the projection's: one double
 };
 
-// Where the elements of each tensor lie in their whole parameter, for draws that know an element by its place.
-struct Places {
-  struct Place {
-    uint32_t tensor;
-    int64_t offset;          // of the first element, in the row-major order of the whole
-    const int64_t* strides;  // null: those of the tensor, contiguous
-  };
-  std::vector<int64_t> numbers;  // tensor, offset, strides; ...
-  std::vector<size_t> starts;    // of each tensor in numbers; none if every tensor is whole
-
-  Place of(size_t i) const {
-    if (starts.empty()) return {uint32_t(i), 0, nullptr};
-    const int64_t* own = numbers.data() + starts[i];
-    return {uint32_t(own[0]), own[1], own + 2};
-  }
-};
-
 // What an optimizer is called with besides its numbers. Lists stand for parameters one by one; what is optional is empty.
 struct OptimizerInputs {
   Views params, grads;
   Views first, second;  // moments, or first alone: momentum buffers
   Views steps;          // counters of the steps so far
   std::vector<Transform> transforms;
-  Places places;
-  Views bits, ranks;  // compact state: the moments of the elements whose bit is set, and nothing of the others
+  std::vector<Place> places;  // empty: every tensor is whole
+  Views bits, ranks;          // compact state: the moments of the elements whose bit is set, and nothing of the others
   Views scale, found_inf, lr;
 };
 

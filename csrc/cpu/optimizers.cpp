@@ -143,8 +143,7 @@ C* state(const Views& list, size_t tensor) {
 }  // namespace
 
 template <class P, class C>
-void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf,
-                 const Ahead& ahead) {
+void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf, const Ahead& ahead) {
   (hf ? adamw_loop<P, C, true> : adamw_loop<P, C, false>)(param, m, v, x, stride, n, rule, ahead);
 }
 template void adamw_dense(double*, double*, double*, const double*, int64_t, int64_t, const AdamW<double>&, bool, const Ahead&);

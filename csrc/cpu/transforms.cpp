@@ -1,6 +1,7 @@
 #include "cpu/transforms.h"
 
 #include "core/dtypes.h"
+#include "cpu/child_bits.h"
 
 namespace fastcl::cpu {
 namespace {
@@ -80,28 +81,16 @@ FASTCL_CLONES void select_block(const C* in, C* x, int64_t n, const uint8_t* bit
   for (; e < n; ++e) x[e] = op(in[e], bit_at(bits, index + e * stride));
 }
 
-// The 16 bits of each element of the blocks of 8 from this one on, in the elements' order.
-typedef uint32_t __attribute__((may_alias)) Word;  // each is read as two halves
-FASTCL_CLONES void draw_bits(const ChildDraw& source, uint64_t block, int64_t blocks, uint32_t tensor, uint32_t step,
-                             Word* __restrict words) {
-  const ChildDraw draw = source;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Philox drawn = draw.draw8(block + uint64_t(b), tensor, step);
-    for (int w = 0; w < 4; ++w) words[4 * b + w] = drawn.word[w];
-  }
-}
-
-FASTCL_CLONES bool any_at(const uint16_t* drawn, int64_t n, uint32_t limit) {
-  uint16_t found = 0;
-  for (int64_t e = 0; e < n; ++e) found |= uint16_t(drawn[e] == limit);
-  return found != 0;
-}
-
 template <class C>
-FASTCL_CLONES void keep_block(const C* in, C* x, int64_t n, const uint16_t* drawn, uint32_t limit, C scale) {
-  const Drawn<C> op{scale};
+FASTCL_CLONES void keep_block(const C* in, C* x, int64_t n, const ChildDraw& draw, int64_t index, int64_t stride, uint32_t place,
+                              uint32_t step) {
+  static_assert(GradientSweep::kBlock <= kMostChildBits, "a block's bits are drawn at once");
+  const Drawn<C> op{C(draw.scale)};
+  ChildBits bits(draw);
+  const uint16_t* drawn = bits.draw(index, stride, n, place, step);
+  const uint32_t bound = bits.bound();
 #pragma GCC ivdep
-  for (int64_t e = 0; e < n; ++e) x[e] = op(in[e], drawn[e] < limit);
+  for (int64_t e = 0; e < n; ++e) x[e] = op(in[e], drawn[e] < bound);
 }
 
 }  // namespace
@@ -142,7 +131,7 @@ GradientSweep::GradientSweep(const OptimizerInputs& inputs, const Views* dotted)
       table_.push_back({data, DType::u8});
     };
     const bool compact = !inputs.bits.empty() && inputs.bits[i].numel() > 0;
-    const Places::Place place = inputs.places.of(i);
+    const Place place = inputs.places.empty() ? Place{int64_t(i), 0, nullptr} : inputs.places[i];
     add(&param);
     add(&inputs.grads[i]);
     add(inputs.first.empty() || compact ? nullptr : &inputs.first[i]);
@@ -163,7 +152,7 @@ GradientSweep::GradientSweep(const OptimizerInputs& inputs, const Views* dotted)
       if (layout->ndim() == 1 && std::count(layout->strides.begin(), layout->strides.end(), 1) == slots_) layout = nullptr;
     }
     const uint32_t step = inputs.steps.empty() ? 0 : draw_step(*reinterpret_cast<const float*>(inputs.steps[i].data));
-    items_.push_back({total_, i, layout, place.offset, place.tensor, step, compact});
+    items_.push_back({total_, i, layout, place.offset, uint32_t(place.tensor), step, compact});
     total_ += param.numel();
   }
 }
@@ -188,23 +177,6 @@ const C* GradientBlock<C>::widened(const GradientSweep::Run& run, int slot, int6
 }
 
 template <class C>
-void GradientBlock<C>::draw(const C* in, const ChildDraw& draw, const GradientSweep::Item& item, int64_t index, int64_t stride, int64_t n) {
-  const C scale = C(draw.scale);
-  if (stride != 1 || draw.limit == 0) {
-    const Drawn<C> op{scale};
-    for (int64_t e = 0; e < n; ++e) x_[e] = op(in[e], draw.kept(uint64_t(index + e * stride), item.place, item.step));
-    return;
-  }
-  const int64_t skipped = index % 8, blocks = (skipped + n + 7) / 8;
-  draw_bits(draw, uint64_t(index) >> 3, blocks, item.place, item.step, reinterpret_cast<Word*>(drawn_));
-  uint16_t* drawn = drawn_ + skipped;
-  if (any_at(drawn, n, draw.limit))
-    for (int64_t e = 0; e < n; ++e)
-      if (drawn[e] == draw.limit && draw.kept_at_limit(uint64_t(index + e), item.place, item.step)) --drawn[e];
-  keep_block(in, x_, n, drawn, draw.limit, scale);
-}
-
-template <class C>
 const C* GradientBlock<C>::transformed(const GradientSweep& sweep, const GradientSweep::Run& run, int64_t done, int64_t n) {
   const OptimizerInputs& inputs = sweep.inputs();
   const C* x = widened(run, GradientSweep::kGrad, done, n, x_);
@@ -219,7 +191,8 @@ const C* GradientBlock<C>::transformed(const GradientSweep& sweep, const Gradien
     slot += t.kind == TransformKind::pull ? 2 : 1;
     const GradientSweep::Slot& operand = run.slots[own];
     if (t.kind == TransformKind::child_mask) {
-      draw(x, ChildDraw::make(t.number, t.seed), run.item, run.item.offset + run.index(own, done), run.stride(own), n);
+      keep_block(x, x_, n, ChildDraw::make(t.number, t.seed), run.item.offset + run.index(own, done), run.stride(own), run.item.place,
+                 run.item.step);
     } else if (operand.data == nullptr) {
       continue;
     } else if (t.kind == TransformKind::fixed_mask) {

@@ -133,9 +133,7 @@ class GradientBlock {
   alignas(64) C x_[kBlock];
   alignas(64) C operand_[3][kBlock];
   alignas(64) double reference_[kBlock];
-  alignas(64) uint16_t drawn_[kBlock + 16];
 
-  void draw(const C* in, const ChildDraw& draw, const GradientSweep::Item& item, int64_t index, int64_t stride, int64_t n);
   const C* widened(const GradientSweep::Run& run, int slot, int64_t done, int64_t n, C* buffer);
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +23,7 @@ def swept(
     transforms: Sequence[Transform],
     scale: Tensor | None,
     found_inf: Tensor | None,
+    lr: float | Tensor,
     compact: Compact | None = None,
 ) -> None:
     """Everything that both optimizers share. Raises TypeError or ValueError naming the argument."""
@@ -40,6 +40,8 @@ def swept(
     if compact is not None:
         read += _check_compact(compact, params)
     read += _check_numbers_on_device(scale, found_inf)
+    if isinstance(lr, Tensor):
+        read.append(("lr", [lr]))
     _apart([("params", params), *states, ("steps", steps)], [("grads", grads), *read])
 
 
@@ -76,8 +78,8 @@ def _check_numbers_on_device(scale: Tensor | None, found_inf: Tensor | None) -> 
     for name, t, dtypes in (("scale", scale, _checks.FLOATING[:2]), ("found_inf", found_inf, (torch.float32,))):
         if t is not None:
             _checks.dense(name, [t], dtypes)
-            if t.numel() != 1:
-                raise ValueError(f"{name} must have one element, got shape {tuple(t.shape)}")
+            if t.numel() != 1 or (name == "scale" and t.dim()):
+                raise ValueError(f"{name} must be {'0-d' if name == 'scale' else 'of one element'}, got shape {tuple(t.shape)}")
             read.append((name, [t]))
     return read
 
@@ -88,7 +90,7 @@ def _check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor], c
         if t.dtype != wanted:
             raise TypeError(f"{name}[{i}] has dtype {t.dtype}; the state of params[{i}] of {p.dtype} is {wanted}")
         if compact is not None and compact[0][i].numel():
-            if t.dim() != 1 or not t.is_contiguous():
+            if t.dim() != 1 or not t.is_contiguous() or t.numel() > p.numel():
                 raise ValueError(f"{name}[{i}] has shape {tuple(t.shape)}; compact state is contiguous, one value per set bit of its mask")
             continue
         if t.shape != p.shape:
@@ -119,29 +121,22 @@ def _check_compact(compact: Compact, params: Sequence[Tensor]) -> list[Named]:
     _checks.dense("compact ranks", ranks, (torch.int64,))
     _checks.same_length("compact bits", bits, "params", params)
     _checks.same_length("compact ranks", ranks, "params", params)
+    _checks.same_device("compact bits", bits, "params", params)
+    _checks.same_device("compact ranks", ranks, "params", params)
+    _transforms.check_bits("compact bits", bits, params)
     for i, (b, r, p) in enumerate(zip(bits, ranks, params, strict=True)):
         if not b.numel():
             continue
         blocks = -(-p.numel() // RANK_BLOCK)
-        if b.shape != (-(-p.numel() // 8),) or r.shape != (blocks,) or not (b.is_contiguous() and r.is_contiguous() and p.is_contiguous()):
+        if r.shape != (blocks,) or not (r.is_contiguous() and p.is_contiguous()):
             raise ValueError(
-                f"compact[{i}] has bits {tuple(b.shape)} and ranks {tuple(r.shape)}; params[{i}] of shape {tuple(p.shape)} must be "
-                f"contiguous and takes contiguous bits [{-(-p.numel() // 8)}] and ranks [{blocks}]"
+                f"compact ranks[{i}] has shape {tuple(r.shape)}; params[{i}] of shape {tuple(p.shape)} must be contiguous and takes "
+                f"contiguous ranks [{blocks}]"
             )
-    _checks.same_device("compact bits", bits, "params", params)
-    _checks.same_device("compact ranks", ranks, "params", params)
-    return [("compact bits", [b for b in bits if b.numel()])]
+    return [("compact bits", bits), ("compact ranks", ranks)]
 
 
-def hyper_parameters(
-    lr: float | Tensor,
-    *,
-    betas: tuple[float, float] = (0.0, 0.0),
-    nesterov: bool = False,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    **at_least_zero: float,
-) -> None:
+def hyper_parameters(lr: float | Tensor, betas: tuple[float, ...] = (), **at_least_zero: float) -> None:
     """The numbers of a step. Raises TypeError or ValueError naming the number."""
     if isinstance(lr, Tensor):
         _checks.dense("lr", [lr], _checks.FLOATING[:2])
@@ -154,11 +149,6 @@ def hyper_parameters(
             raise ValueError(f"beta{i + 1} must be in [0, 1), got 1")
     for name, value in at_least_zero.items():
         _checks.at_least_zero(name, value)
-    _checks.at_least_zero("momentum", momentum)
-    if isinstance(dampening, Tensor) or not math.isfinite(dampening):
-        raise ValueError(f"dampening must be a finite number, got {dampening}")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("nesterov needs a momentum above 0 and no dampening")
 
 
 def _apart(written: Sequence[Named], read: Sequence[Named]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.ops import _dispatch, _optimizer_checks, _transforms
+from fastcl.ops import _dispatch, _optimizer_checks, _places, _transforms
 from fastcl.ops._optimizer_checks import Compact, Named
 from fastcl.ops._transforms import Transform
+from fastcl.reference.child_mask import Place
 
 TAIL = "Tensor[] operands, int[] kinds, float[] numbers, int[] seeds, int[] places"
 
@@ -36,7 +37,7 @@ def _run_by_device(
     op: str,
     lists: Sequence[Sequence[Tensor]],
     transforms: Sequence[Transform],
-    places: Sequence[_transforms.Place] | None,
+    places: Sequence[Place] | None,
     compact: Compact | None,
     tensors: tuple[Tensor | None, Tensor | None, float | Tensor],
     *numbers: Any,
@@ -52,7 +53,7 @@ def _run_by_device(
         here = list(transforms) if whole else _transforms.select(transforms, members)
         here = [(kind, *rest[:-1], _moved(rest[-1], device)) if kind == "project" else (kind, *rest) for kind, *rest in here]
         # A mask draws by the tensor's index among all of them.
-        placed = places if whole else [(places or _transforms.whole_places(params))[i] for i in members]
+        placed = places if whole else [(places or _places.whole(params))[i] for i in members]
         small = None if compact is None else ([compact[0][i] for i in members], [compact[1][i] for i in members])
         scale, found_inf, lr = (_moved(t, device) for t in tensors)
         middle = (here, placed, small, scale, found_inf) if op == "adamw_" else (here, placed, scale, found_inf)
@@ -71,11 +72,12 @@ def _prepare(
     compact: Sequence[Tensor],
     scale: Tensor | None,
     found_inf: Tensor | None,
-) -> tuple[list[Transform], list[_transforms.Place] | None, Compact | None]:
+    lr: float | Tensor,
+) -> tuple[Any, ...]:
     transforms = _transforms.unflatten(len(params), *flat)
     small = _compact(compact, len(params))
-    _optimizer_checks.swept(params, grads, states, steps, transforms, scale, found_inf, small)
-    return transforms, _transforms.unflat_places(params, places), small
+    _optimizer_checks.swept(params, grads, states, steps, transforms, scale, found_inf, lr, small)
+    return transforms, _places.unflat(places, params), small
 
 
 def _check_adamw(
@@ -105,7 +107,7 @@ def _check_adamw(
     _optimizer_checks.hyper_parameters(rate, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
     states = [("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)]
     flat = operands, kinds, numbers, seeds
-    prepared = _prepare(params, grads, states, steps, flat, places, compact, scale, found_inf)
+    prepared = _prepare(params, grads, states, steps, flat, places, compact, scale, found_inf, rate)
     return (*prepared, (scale, found_inf, rate))
 
 
@@ -142,16 +144,16 @@ def _check_sgd(
     momentum: float,
     dampening: float,
     weight_decay: float,
-    nesterov: bool,
+    nesterov: bool,  # noqa: ARG001
     maximize: bool,  # noqa: ARG001
     first: bool,  # noqa: ARG001
 ) -> tuple[Any, ...]:
     rate = lr if lr_tensor is None else lr_tensor
-    _optimizer_checks.hyper_parameters(rate, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay)
+    _optimizer_checks.hyper_parameters(rate, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     if momentum == 0 and momentum_buffers:
         raise ValueError(f"momentum_buffers has {len(momentum_buffers)} tensors and momentum is 0; pass none")
     states = [("momentum_buffers", momentum_buffers)] if momentum != 0 else []
-    prepared = _prepare(params, grads, states, steps, (operands, kinds, numbers, seeds), places, [], scale, found_inf)
+    prepared = _prepare(params, grads, states, steps, (operands, kinds, numbers, seeds), places, [], scale, found_inf, rate)
     return (*prepared, (scale, found_inf, rate))
 
 
@@ -180,7 +182,7 @@ def _check_dot(
 ) -> tuple[Any, ...]:
     transforms = _transforms.unflatten(len(params), operands, kinds, numbers, seeds)
     _optimizer_checks.read(params, grads, steps, transforms, scale, reference)
-    return transforms, _transforms.unflat_places(params, places), scale, reference
+    return transforms, _places.unflat(places, params), scale, reference
 
 
 def _fake_dot(params: Sequence[Tensor], *args: Any) -> Tensor:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks
+from fastcl.ops import _checks, _places
 
 # ("soft_mask", importance, strength), ("child_mask", keep, seed), ("fixed_mask", bits), ("project", reference, coefficient) and
 # ("pull", precision, anchor, strength), with one tensor per parameter in each list.
 Transform: TypeAlias = tuple[Any, ...]
-Place: TypeAlias = tuple[int, int, Sequence[int]]
 Flat: TypeAlias = tuple[list[Tensor], list[int], list[float], list[int]]
 
 KINDS = ("soft_mask", "child_mask", "fixed_mask", "project", "pull")
@@ -44,7 +41,7 @@ def flatten(transforms: Sequence[Transform]) -> Flat:
             operands.append(rest[1])
         elif kind == "child_mask":
             values.append(rest[0])
-            seeds.append(rest[1] - (1 << 64) if rest[1] >= 1 << 63 else rest[1])
+            seeds.append(_places.signed(rest[1]))
         elif kind != "fixed_mask":
             values.append(rest[-1])
     return operands, kinds, values, seeds
@@ -63,7 +60,7 @@ def unflatten(
             if kind == "project":
                 transforms.append((kind, *lists, next(tensors)))
             elif kind == "child_mask":
-                transforms.append((kind, next(number), next(seed) & ((1 << 64) - 1)))
+                transforms.append((kind, next(number), _places.unsigned(next(seed))))
             else:
                 transforms.append((kind, *lists) if kind == "fixed_mask" else (kind, *lists, next(number)))
     except (StopIteration, IndexError, RuntimeError):
@@ -73,33 +70,6 @@ def unflatten(
     if left:
         raise ValueError(f"transforms: {len(operands)} operands do not fit {len(kinds)} kinds and {count} parameters")
     return transforms
-
-
-def flat_places(places: Sequence[Place] | None) -> list[int]:
-    """Per tensor index, offset and strides; nothing for None."""
-    return [n for index, offset, strides in places or () for n in (index, offset, *strides)]
-
-
-def unflat_places(params: Sequence[Tensor], flat: Sequence[int]) -> list[Place] | None:
-    """What :func:`flat_places` was given."""
-    if not flat:
-        return None
-    if len(flat) != sum(p.dim() + 2 for p in params):
-        raise ValueError(
-            f"places has {len(flat)} numbers; accepted are for each parameter its index, an offset and one stride per dimension"
-        )
-    places: list[Place] = []
-    at = 0
-    for p in params:
-        end = at + 2 + p.dim()
-        places.append((flat[at], flat[at + 1], tuple(flat[at + 2 : end])))
-        at = end
-    return places
-
-
-def whole_places(params: Sequence[Tensor]) -> list[Place]:
-    """Where parameters lie that are whole: each at the start of itself."""
-    return [(i, 0, tuple(math.prod(p.shape[d + 1 :]) for d in range(p.dim()))) for i, p in enumerate(params)]
 
 
 def select(transforms: Sequence[Transform], members: Sequence[int]) -> list[Transform]:
@@ -140,13 +110,8 @@ def numbers_in_range(transforms: Sequence[Transform]) -> None:
     """The numbers of transforms of the right form. Raises TypeError or ValueError."""
     for kind, *rest in transforms:
         if kind == "child_mask":
-            keep, seed = rest
-            if _checks.unit_interval("keep", keep) == 0:
-                raise ValueError("keep must be in (0, 1], got 0: nothing would ever be trained")
-            if not isinstance(seed, numbers.Integral):
-                raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-            if seed < 0 or seed >= 1 << 64:
-                raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+            _checks.positive("keep", rest[0], 1)
+            _checks.integer("seed", rest[1], 1 << 64)
         elif kind == "soft_mask":
             _checks.unit_interval("strength", rest[1])
         elif kind == "pull":
@@ -156,35 +121,35 @@ def numbers_in_range(transforms: Sequence[Transform]) -> None:
 def check(transforms: Sequence[Transform], params: Sequence[Tensor]) -> list[tuple[str, Sequence[Tensor]]]:
     """What the operands must be for ``params`` that have been checked; returns the lists of tensors that are read, with their names.
 
-    Raises TypeError or ValueError. Tensors that a transform leaves out are not looked at.
+    Raises TypeError or ValueError.
     """
     numbers_in_range(transforms)
     read: list[tuple[str, Sequence[Tensor]]] = []
     for kind, *rest in transforms:
         out = [absent(t, p) for t, p in zip(rest[0], params, strict=True)] if LISTS[kind] else []
         for name, tensors in zip(LISTS[kind], rest, strict=False):
+            _checks.dense(name, tensors, _DTYPES.get(name, _checks.FLOATING))
+            _checks.same_device(name, tensors, "params", params)
             # A parameter fits itself, so that messages count as the caller does.
             own = [p if skipped else t for t, p, skipped in zip(tensors, params, out, strict=True)]
-            _checks.same_device(name, own, "params", params)
             if name == "masks":
-                _checks.dense(name, [t for t, skipped in zip(tensors, out, strict=True) if not skipped], (torch.uint8,))
-                _check_bits(tensors, params, out)
+                check_bits(name, tensors, params)
             else:
-                _checks.dense(name, own, _checks.STORED if name == "importance" else _checks.FLOATING)
                 (_checks.broadcasts if name == "importance" else _checks.same_shape)(name, own, "params", params)
-            read.append((name, [t for t, skipped in zip(tensors, out, strict=True) if not skipped]))
+            read.append((name, tensors))
         if kind == "project":
             _check_coefficient(rest[1], params)
             read.append(("coefficient", [rest[1]]))
     return read
 
 
-def _check_bits(bits: Sequence[Tensor], params: Sequence[Tensor], out: Sequence[bool]) -> None:
-    for i, (b, p, skipped) in enumerate(zip(bits, params, out, strict=True)):
+def check_bits(name: str, bits: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """One bit for each element, or none at all."""
+    for i, (b, p) in enumerate(zip(bits, params, strict=True)):
         wanted = -(-p.numel() // 8)
-        if not skipped and (b.shape != (wanted,) or not b.is_contiguous()):
+        if b.dim() != 1 or b.numel() not in (0, wanted) or not b.is_contiguous():
             raise ValueError(
-                f"masks[{i}] has shape {tuple(b.shape)}; for params[{i}] of shape {tuple(p.shape)} the bits are a contiguous [{wanted}]"
+                f"{name}[{i}] has shape {tuple(b.shape)}; for params[{i}] of shape {tuple(p.shape)} the bits are a contiguous [{wanted}]"
             )
 
 
@@ -193,3 +158,6 @@ def _check_coefficient(coefficient: Tensor, params: Sequence[Tensor]) -> None:
     if coefficient.numel() != 1:
         raise ValueError(f"coefficient must have one element, got shape {tuple(coefficient.shape)}")
     _checks.same_device("coefficient", [coefficient], "params", params[:1] or [coefficient])
+
+
+_DTYPES = {"importance": _checks.STORED, "masks": (torch.uint8,)}

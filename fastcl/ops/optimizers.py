@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.ops import _checks, _dispatch, _optimizer_checks, _transforms
+from fastcl.ops import _checks, _dispatch, _optimizer_checks, _places, _sharded, _transforms
 from fastcl.ops._optimizer_checks import Compact
 from fastcl.ops._optimizer_operators import pairs
-from fastcl.ops._transforms import Place, Transform
+from fastcl.ops._transforms import Transform
+from fastcl.reference.child_mask import Place
 
 ORDERS = ("torch", "hf")
 
@@ -45,8 +46,9 @@ def adamw_(
         decay="torch": p <- (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
         decay="hf":    p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), then p <- p - lr weight_decay p
 
-    ``"torch"`` has the bits of torch.optim.AdamW's default on the CPU (the loop and foreach, which agree) in float32 and float64;
-    ``"hf"`` is the order of transformers' former AdamW, which Child-Tuning's authors use (Xu et al., EMNLP 2021).
+    ``"torch"`` is torch.optim.AdamW's default on the CPU (the loop and foreach, which agree) in float32 and float64: moments have its
+    bits, and parameters differ by the square root alone, which is correctly rounded here and within one ulp in torch (its vector
+    library's, by processor). ``"hf"`` is the order of transformers' former AdamW, which Child-Tuning's authors use (Xu et al., EMNLP 2021).
 
     The gradient becomes ``x = g`` in the type that its parameter is computed in (float64 for float64, else float32), times ``scale``,
     then goes through ``transforms`` in their order, never rounded to its own type in between, and changes its sign if ``maximize``. Each
@@ -61,7 +63,7 @@ def adamw_(
 
     A tensor without elements in place of an importance, bits, reference or precision leaves its parameter out of the transform.
 
-    DTensors are updated on each rank's own shard, without communication; state and operands have the placements of their parameter.
+    DTensors are for :class:`fastcl.optim.AdamW`, which hands each rank's own shards to this function.
 
     Args:
         params: list of dense tensors, float64, float32, bfloat16 or float16, any strides; written.
@@ -80,7 +82,7 @@ def adamw_(
             set ones, [number of set bits] in row-major order, and the parameter is contiguous; all other elements decay alone. ``ranks``,
             int64 [ceil(n / 2048)], is the number of set bits before each block of 2048 elements. The caller sees to it that gradients are
             zero outside of the bits and that there are as many moments as set bits.
-        scale: multiplies every gradient: float32 or float64, one element, on the device.
+        scale: multiplies every gradient: float32 or float64, 0-d, on the device.
         found_inf: float32, one element, on the device: unless it is 0, nothing is written and no step counted. No host sync.
 
     Raises:
@@ -99,7 +101,7 @@ def adamw_(
     _listed(transforms, params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     _optimizer_checks.hyper_parameters(lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
     rate = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    flat = (*_transforms.flatten(transforms), _transforms.flat_places(places))
+    flat = (*_transforms.flatten(transforms), _places.flat(places))
     torch.ops.fastcl.adamw_(
         *written[:1], grads, *written[1:], *flat, pairs(compact), scale, found_inf, *rate, beta1, beta2, eps, weight_decay, hf, maximize
     )
@@ -138,8 +140,8 @@ def sgd_(
         momentum_buffers: one per parameter, float64 for float64 and else float32, of its shape and strides; written. None without momentum.
         steps: one 0-d float32 tensor per parameter, the number of steps made; written. Needed by a child mask alone.
         momentum, weight_decay: numbers >= 0.
-        dampening: a finite number.
-        nesterov: Nesterov's momentum, for which momentum is above 0 and dampening 0.
+        dampening: number >= 0.
+        nesterov: Nesterov's momentum.
         first: the buffers hold nothing yet.
 
     Raises:
@@ -151,9 +153,9 @@ def sgd_(
         if _gate("sgd_", written, *front, lr, momentum, dampening, weight_decay, nesterov, maximize, first):
             return
     _listed(transforms, params=params, grads=grads, momentum_buffers=momentum_buffers, steps=steps)
-    _optimizer_checks.hyper_parameters(lr, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay)
+    _optimizer_checks.hyper_parameters(lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     rate = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    flat = (*_transforms.flatten(transforms), _transforms.flat_places(places))
+    flat = (*_transforms.flatten(transforms), _places.flat(places))
     torch.ops.fastcl.sgd_(
         params, grads, *written[1:], *flat, scale, found_inf, *rate, momentum, dampening, weight_decay, nesterov, maximize, first
     )
@@ -170,6 +172,8 @@ def _gate(op: str, written: Sequence[Sequence[Tensor]], *args: object) -> bool:
 def _listed(transforms: Sequence[Transform], **lists: Sequence[Tensor]) -> None:
     for name, value in lists.items():
         _checks.listed(name, value)
+        if _sharded.is_sharded(value):
+            raise TypeError(f"{name} has DTensors: the optimizers of fastcl.optim take them; here pass each rank's own .to_local()")
     _transforms.listed(transforms, lists["params"])
 
 
@@ -186,7 +190,7 @@ def transformed_dot(
     args = (grads, steps, transforms, places, scale, reference)
     result: Any = _dispatch.REFUSED if _dispatch.traced() else _dispatch.gate_reading("transformed_dot", params, params, *args)
     if result is _dispatch.REFUSED:
-        flat = (*_transforms.flatten(transforms), _transforms.flat_places(places))
+        flat = (*_transforms.flatten(transforms), _places.flat(places))
         result = torch.ops.fastcl.transformed_dot(params, grads, steps, *flat, scale, reference)
     total: Tensor = result
     return total

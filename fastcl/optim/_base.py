@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastcl.ops import _checks, _sharded
 from fastcl.optim import _projection, _saved
@@ -48,8 +49,8 @@ class Rows:
     def select(self, members: Sequence[int]) -> Rows:
         """Some of the rows."""
         positions = [self.start + i if self.members is None else self.members[i] for i in members]
-        columns = ([column[i] for i in members] for column in (self.params, self.grads, self.local, self.local_grads, self.states))
-        params, grads, local, local_grads, states = columns
+        columns: Any = (self.params, self.grads, self.local, self.local_grads, self.states)
+        params, grads, local, local_grads, states = ([column[i] for i in members] for column in columns)
         local = params if self.local is self.params else local
         return Rows(self.group, params, grads, local, local_grads, states, positions, self.start)
 
@@ -136,7 +137,7 @@ class Swept(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
 
         Args:
@@ -166,7 +167,8 @@ class Swept(torch.optim.Optimizer):
         scale = _projection.scale([r.grads for r in rows], getattr(self, "grad_scale", None), self._clip_norm)
         transforms = self._entries(rows, scale)
         for r, entries in zip(rows, transforms, strict=True):
-            self._update(r, entries, None if self._places is None else r.pick(self._places), scale, found_inf)
+            whole = self._places is None or (r.members is None and r.start == 0 and r.local is r.params)
+            self._update(r, entries, None if whole else r.pick(self._places or ()), scale, found_inf)
             if r.local is not r.params:
                 _sharded.bump_versions(r.params)
 
@@ -226,7 +228,8 @@ class Swept(torch.optim.Optimizer):
         members = [i for i, g in enumerate(grads) if g is not None]
         whole = len(members) == len(params)
         if not whole:
-            params, local, states, grads = ([column[i] for i in members] for column in (params, local, states, grads))
+            columns: Any = (params, local, states, grads)
+            params, local, states, grads = ([column[i] for i in members] for column in columns)
         if plan.sharded:
             local_grads = self._local_grads(params, grads)
         else:
@@ -257,7 +260,7 @@ class Swept(torch.optim.Optimizer):
         saved: dict[str, Any] = super().state_dict()
         return saved
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's, from this optimizer's or torch.optim's of the same name. What is loaded is copied.
 
@@ -292,9 +295,9 @@ def check_numbers(group: Mapping[str, Any], **named: str) -> None:
         raise ValueError("Tensor lr must be 1-element and floating-point")
     for name, words in {"lr": "learning rate", **named}.items():
         value = group[name]
-        if not isinstance(value, numbers.Real) and not (name == "lr" and isinstance(value, Tensor)):
+        if (isinstance(value, bool) or not isinstance(value, numbers.Real)) and not (name == "lr" and isinstance(value, Tensor)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0.0 <= value < math.inf:
+        if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
 
 
@@ -313,6 +316,6 @@ def _same(known: Sequence[Any], now: Iterable[Any]) -> bool:
     return len(known) == len(now) and all(map(operator.is_, known, now))
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _outside(optimizer: Swept) -> None:
     optimizer._sweep()

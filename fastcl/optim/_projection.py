@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastcl import ops
-from fastcl.ops import _sharded
-from fastcl.ops._transforms import whole_places
+from fastcl.ops import _places, _sharded
+from fastcl.ops._transforms import select
 from fastcl.ops.optimizers import transformed_dot
 from fastcl.reference.projection import project_coefficient
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def places(params: Sequence[Tensor]) -> list[Any]:
     """Where each rank's memory lies in the whole parameters."""
-    return _sharded.places(params) if _sharded.is_sharded(params) else whole_places(params)
+    return _places.of_shards("params", params) if _sharded.is_sharded(params) else _places.whole(params)
 
 
 def plain(t: Tensor) -> Tensor:
@@ -89,8 +89,6 @@ def _products(
     factor: Tensor | None,
     reference: Sequence[Tensor],
 ) -> Tensor:
-    from fastcl.ops._transforms import select
-
     def pick(column: Sequence[Any]) -> list[Any]:
         return [column[i] for i in members] if column else []
 

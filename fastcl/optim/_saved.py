@@ -44,7 +44,7 @@ def load(optimizer: Swept, state_dict: Mapping[str, Any], torch_load: Callable[[
     given = dict(state_dict)
     hooks = optimizer._optimizer_load_state_dict_pre_hooks
     for hook in hooks.values():
-        given = hook(optimizer, given) or given  # type: ignore[assignment]
+        given = hook(optimizer, given) or given
     _check(optimizer, given)
     own_groups = optimizer.param_groups
     groups = [

@@ -21,8 +21,10 @@ from fastcl.optim.transforms import Transform
 class AdamW(Swept):
     r"""AdamW (Loshchilov and Hutter, ICLR 2019) in one sweep, with gradient transforms inside of it.
 
-    A torch.optim.Optimizer with torch.optim.AdamW's state and, without transforms, its bits: those of its default on the CPU (the loop and
-    foreach, which agree; ``fused=True`` differs in the last bits), in float32 and float64. :func:`fastcl.ops.adamw_` has the formulas.
+    A torch.optim.Optimizer with torch.optim.AdamW's state and, without transforms, the operations of its default on the CPU (the loop and
+    foreach, which agree; ``fused=True`` has another order), in float32 and float64: the moments' bits are equal, and a step's parameters
+    are within one ulp of the update, because torch's own square root is not correctly rounded on every processor, and this one is.
+    :func:`fastcl.ops.adamw_` has the formulas.
     State is float32 beside half-precision parameters. A run can change between the two in the middle, by state_dict.
 
     Not offered: amsgrad, sparse and complex gradients, tensor betas, differentiable steps. Under torch.compile the step runs as it is,
@@ -38,12 +40,12 @@ class AdamW(Swept):
         weight_decay: number >= 0.
         decay: "torch", or "hf" for the order of transformers' former AdamW, which Child-Tuning's authors use.
         transforms: of :mod:`fastcl.optim`, applied in their order to the gradient after unscaling and clipping; ``maximize`` comes last.
-        compact_state: keep moments only for the elements that the :class:`FixedMask` among the transforms selects: keep times the memory, the
-            same bits. It needs exactly one FixedMask, without Project or Pull behind it, whose masks then stay as they are. Parameters that
-            are not contiguous keep whole moments. state_dict() has whole moments again, and loads into either form.
+        compact_state: keep moments only for the elements that the :class:`FixedMask` among the transforms selects: keep times the memory,
+            the same bits. It needs exactly one FixedMask, without Project or Pull behind it, whose masks then stay as they are.
+            Parameters that are not contiguous keep whole moments. state_dict() has whole moments again, and loads into either form.
         maximize: ascend.
-        clip_norm: the gradients are scaled by ``min(1, clip_norm / (norm + 1e-6))``, as torch's clip_grad_norm_ does, with the norm of all of
-            them in float64: one sweep that reads, and ``.grad`` itself stays.
+        clip_norm: the gradients are scaled by ``min(1, clip_norm / (norm + 1e-6))``, as torch's clip_grad_norm_ does, with the norm of all
+            of them in float64: one sweep that reads, and ``.grad`` itself stays.
 
     Raises:
         TypeError, ValueError: arguments outside of their ranges; transforms that do not fit the parameters.
@@ -110,10 +112,10 @@ class AdamW(Swept):
 
     def _begin(
         self,
-        group: dict[str, Any],
+        group: dict[str, Any],  # noqa: ARG002
         params: Sequence[Tensor],
         local: Sequence[Tensor],
-        positions: Sequence[int],  # noqa: ARG002
+        positions: Sequence[int],
     ) -> None:
         for p, own, at in zip(params, local, positions, strict=True):
             state = self.state[p]

@@ -119,7 +119,7 @@ class SGD(Swept):
             rows.local,
             rows.local_grads,
             buffers,
-            [s["step"] for s in states] if places is not None else [],
+            [s["step"] for s in states] if self._places is not None else [],
             lr=device_lr(group, rows.local[0]),
             momentum=group["momentum"],
             dampening=group["dampening"],

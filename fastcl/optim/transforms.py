@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -17,12 +16,12 @@ Values: TypeAlias = Sequence[Any] | Mapping[Any, Any]
 
 
 class Transform:
-    """A gradient transform of fastcl.optim's optimizers: :class:`SoftMask`, :class:`ChildMask`, :class:`FixedMask`, :class:`Project`, :class:`Pull`.
+    """What SoftMask, ChildMask, FixedMask, Project and Pull have in common.
 
     The values that belong to parameters are a sequence with one entry per parameter, in the order of all parameters over all groups, or a
     mapping from parameters (or their names, where the optimizer was given ``named_parameters()``); a parameter that is not in the mapping
     is left out of the transform. The entries are taken when they are assigned: writing *into* the tensors is seen by the next step,
-    replacing entries of the list is not; assign the attribute again for that.
+    replacing entries of the list is not; assign the attribute again for that. One transform may serve several optimizers.
     """
 
     kind: ClassVar[str]
@@ -127,18 +126,30 @@ class ChildMask(Transform):
 
     def __init__(self, keep: float, seed: int) -> None:
         super().__init__()
-        keep = _checks.unit_interval("keep", keep)
-        if keep == 0:
-            raise ValueError("keep must be in (0, 1], got 0: nothing would ever be trained")
-        if not isinstance(seed, numbers.Integral):
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-        if seed not in range(1 << 64):
-            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        self.keep, self.seed = keep, int(seed)
+        self.keep = keep
+        self.seed = seed
+
+    @property
+    def keep(self) -> float:
+        """The probability of an element to be kept."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, value: float) -> None:
+        self._keep = _checks.positive("keep", value, 1)
+
+    @property
+    def seed(self) -> int:
+        """What the draws begin with."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = _checks.integer("seed", value, 1 << 64)
 
     def entry(self, lists: Sequence[list[Tensor]]) -> tuple[Any, ...]:
         """As :meth:`Transform.entry`."""
-        return (self.kind, *lists, self.keep, self.seed)
+        return (self.kind, *lists, self._keep, self._seed)
 
 
 class FixedMask(Transform):

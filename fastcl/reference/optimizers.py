@@ -57,7 +57,7 @@ def adamw_(
             # As Python's x ** 0.5, which torch's own loop takes: now and then one ulp of double from the square root.
             size, bias = -(rate / bias1), torch.pow(bias2, torch.full_like(bias2, 0.5))
         v.mul_(beta2).addcmul_(x, x, value=1 - beta2)
-        move = size.to(dtype) * m / (v.sqrt().div_(bias.to(dtype)).add_(eps))
+        move = size.to(dtype) * m / (_root(v).div_(bias.to(dtype)).add_(eps))
         p = p + (move if mask is None else torch.where(mask, move, 0))
         if hf and weight_decay > 0:
             p = _fused(p, p, -rate * weight_decay)
@@ -124,6 +124,15 @@ def _fused(p: Tensor, x: Tensor, size: Number) -> Tensor:
     if isinstance(size, Tensor):
         return torch.addcmul(p, x, size.to(p.dtype))
     return torch.add(p, x, alpha=size)
+
+
+def _root(v: Tensor) -> Tensor:
+    """The square root, correctly rounded. torch.sqrt on the CPU may be an ulp off: a vector library's, by processor."""
+    if v.dtype == torch.float32:
+        return torch.sqrt(v.double()).float()
+    if not v.is_cpu:
+        return torch.sqrt(v)
+    return torch.where(v < 0, torch.nan, torch.sqrt(torch.complex(v, torch.zeros_like(v))).real)  # the C library's, which is exact
 
 
 def _spread(state: Tensor, mask: Tensor | None) -> Tensor:
