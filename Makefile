@@ -38,7 +38,7 @@ test: $(VENV)/.built
 	@echo "== tests"
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	@echo "== the same op tests on the Triton kernels, in Triton's interpreter"
-	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_soft_mask.py tests/test_importance.py tests/test_projection.py
+	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_soft_mask.py tests/test_importance.py tests/test_projection.py tests/test_child_mask.py tests/test_pull.py
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""EMax and SPG importance: ``pytest bench/bench_importance.py --benchmark-only``."""
+"""EMax, SPG importance and the Fisher information: ``pytest bench/bench_importance.py --benchmark-only``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 from bench.cells import Cell, rows
 
 
-@pytest.mark.parametrize(("cell", "provider"), rows("emax_", "spg_importance_"))
+@pytest.mark.parametrize(("cell", "provider"), rows("emax_", "spg_importance_", "fisher_add_"))
 def test_importance(side_by_side: Any, cell: Cell, provider: str) -> None:
     side_by_side(cell, provider)

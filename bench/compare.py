@@ -30,7 +30,7 @@ from bench.cells import DTYPES, SMALL, Cell, Workload, cells, providers
 from fastcl.testing import CASES, SIZES, elements
 
 RESULTS = machine.ROOT / "bench" / "results"
-TESTS = ("tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py")
+TESTS = tuple(f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull"))
 SLOW_MS = 500.0  # a call that takes longer has its memory measured once
 STEP_ROUNDS = (15, 400)  # an overhead of a few percent is a small difference of two large times
 QUICK = {"sizes": ("400x64", "1x2^20"), "dtypes": ("fp32", "fp32+uint8")}

@@ -57,6 +57,7 @@ class Target:
 
 AGEM, KEPT = ("project_", "gpt2-small", "fp32"), ("project_, not violated", "gpt2-small", "fp32")
 GEM = ("gem_project_", "resnet18", "fp32")
+CHILD, FISHER = ("child_mask_", "gpt2-small", "fp32"), ("fisher_add_", "gpt2-small", "fp32")
 GPT, SPG = ("soft_mask_", "gpt2-small", "fp32"), ("spg_importance_", "gpt2-small", "fp32")
 STEP = "fp32 step"
 MEMORY_RESOLUTION = 0.001  # "none at all" is less than what the measurement can see: 0.1 % of 124 M parameters is 0.5 MB
@@ -76,11 +77,16 @@ TARGETS = (
     Target(*KEPT, "time", "yardstick", 1.15, 1.0),
     Target(*GEM, "speed", "official", 10.0, 20.0),
     Target("project_", "10000x64", "fp32", "speed", "official", 5.0, 15.0),
+    Target(*CHILD, "time", "yardstick", 2.5, 1.4),
+    Target(*CHILD, "speed", "official", 12.0, 25.0),
+    Target(*FISHER, "time", "yardstick", 1.2, 1.0),
     Target("A-GEM's projection", "ResNet-18, batch 32 of 64 x 64", STEP, "overhead", "none", 0.05, 0.02),
     Target(*AGEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*GEM, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*GPT, "memory", "P", 0.01, MEMORY_RESOLUTION),
     Target(*SPG, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*CHILD, "memory", "P", 0.01, MEMORY_RESOLUTION),
+    Target(*FISHER, "memory", "P", 0.01, MEMORY_RESOLUTION),
 )
 
 

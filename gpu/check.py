@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5"]
+OPS = [f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull")]
 
 
 @dataclass
@@ -70,13 +71,13 @@ def stages() -> list[Stage]:
         Stage("gpu tests", [*PYTEST, "tests/gpu"], 240),
         Stage(
             "ops on cuda",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
+            [*PYTEST, "-m", "not slow", *OPS],
             240,
             {"FASTCL_BACKEND": "cuda"},
         ),
         Stage(
             "ops on triton",
-            [*PYTEST, "-m", "not slow", "tests/test_soft_mask.py", "tests/test_importance.py", "tests/test_projection.py"],
+            [*PYTEST, "-m", "not slow", *OPS],
             240,
             {"FASTCL_BACKEND": "triton"},
         ),

@@ -96,6 +96,9 @@ CALLS = {
     "gram": lambda: ops.gram([[torch.ones(3)]]),
     "project_": lambda: ops.project_([torch.ones(3)], [torch.ones(3)]),
     "gem_project_": lambda: ops.gem_project_([torch.ones(3)], [[torch.ones(3)]]),
+    "child_mask_": lambda: ops.child_mask_([torch.ones(3)], 0.5, 0, 0),
+    "fisher_add_": lambda: ops.fisher_add_([torch.ones(3)], [torch.ones(3)], 1.0, 1.0),
+    "ewc_pull_": lambda: ops.ewc_pull_(*[[torch.ones(3)] for _ in range(4)], 1.0),
 }
 
 

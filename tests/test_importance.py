@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import hypothesis
 import numpy as np
@@ -291,3 +292,203 @@ def test_public_names_match_the_references():
     for name in (*(n for n in ops.__all__ if not inspect.isclass(getattr(ops, n))), "mask_gradients_"):
         public = getattr(ops, name, None) or getattr(fastcl, name)
         assert list(inspect.signature(public).parameters) == list(inspect.signature(getattr(reference, name)).parameters), name
+
+
+def check_fisher(fisher, grads, weight=0.125, max_norm=None):
+    """Bit for bit the reference; with a norm, up to what another order of its sum can do: a rounding of the coefficient."""
+    expected, before = clone(fisher), clone(grads)
+    reference.fisher_add_(expected, before, weight, max_norm)
+    assert ops.fisher_add_(fisher, grads, weight, max_norm) is None
+    for n, (f, e) in enumerate(zip(fisher, expected, strict=True)):
+        case = f"tensor {n} of {f.dtype}, {tuple(f.shape)}, strides {f.stride()}"
+        if max_norm is None:
+            assert identical(f, e), case
+        else:
+            wide = unit_roundoff(torch.float64 if torch.float64 in (f.dtype, grads[n].dtype) else torch.float32)
+            torch.testing.assert_close(f, e, rtol=2 * unit_roundoff(f.dtype) + 8 * wide, atol=1e-30, equal_nan=True, msg=case)
+    assert all(identical(g, b) for g, b in zip(grads, before, strict=True))
+
+
+def fisher_inputs(shapes, stored, dtype, device):
+    return importances(shapes, stored, device, 0), gradients(shapes, dtype, device, 1)
+
+
+def tensors_of_every_size():
+    """Tensors that are one thread's work, small and of several chunks, and one that is not."""
+    return [(1_000_003,), *[(CHUNK + n,) for n in (-1, 0, 1)], (2, 0), *[(n % 7 + 1,) for n in range(60)], (30, 40), ()]
+
+
+def not_in_triton():
+    if os.environ.get("FASTCL_BACKEND") != "triton":
+        return False
+    from fastcl.kernels import importance
+
+    return not hasattr(importance, "fisher_add_")
+
+
+@pytest.mark.skipif(not_in_triton(), reason="fastcl.kernels.importance has no fisher_add_")
+class TestFisher:
+    @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+    @pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
+    def test_shapes(self, device, shapes, max_norm):
+        check_fisher(*fisher_inputs(shapes, torch.float32, torch.float32, device), max_norm=max_norm)
+
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    def test_every_size_at_once(self, device, max_norm):
+        shapes = tensors_of_every_size()[1 if os.environ.get("TRITON_INTERPRET") else 0 :]
+        check_fisher(*fisher_inputs(shapes, torch.float32, torch.float32, device), max_norm=max_norm)
+
+    @pytest.mark.parametrize(("stored", "dtype"), list(itertools.product(FLOATING, FLOATING)), ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("max_norm", [None, 2.0])
+    def test_dtypes(self, device, stored, dtype, max_norm):
+        check_fisher(*fisher_inputs([(3, 50), (1290,), ()], stored, dtype, device), max_norm=max_norm)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("grad_layout", LAYOUTS)
+    def test_strides(self, device, layout, grad_layout):
+        fisher, grads = fisher_inputs([(60, 110), (2, 3, 4, 5), (333,), ()], torch.float32, torch.float32, device)
+        for max_norm in (None, 0.5):
+            check_fisher([LAYOUTS[layout](f) for f in fisher], [LAYOUTS[grad_layout](g) for g in grads], max_norm=max_norm)
+
+    def test_it_clips_each_tensor_as_torch_does(self, device):
+        """Active for some tensors and not for others."""
+        grads = gradients([(400,), (30, 40), (5,), ()], torch.float64, device, 0)
+        fisher = [torch.zeros_like(g) for g in grads]
+        norms = [float(g.norm()) for g in grads]
+        max_norm = sorted(norms)[2] * 0.9
+        ops.fisher_add_(fisher, grads, 0.25, max_norm)
+        for f, g in zip(fisher, grads, strict=True):
+            p = torch.nn.Parameter(torch.zeros_like(g))
+            p.grad = g.clone()
+            torch.nn.utils.clip_grad_norm_(p, max_norm)
+            torch.testing.assert_close(f, 0.25 * p.grad**2, rtol=1e-14, atol=0)
+
+    def test_a_norm_that_is_small_enough_changes_nothing(self, device):
+        fisher, grads = fisher_inputs([(1000,), (33, 7)], torch.float32, torch.float32, device)
+        plain = clone(fisher)
+        ops.fisher_add_(fisher, grads, 0.5, 1e9)
+        ops.fisher_add_(plain, grads, 0.5)
+        assert all(identical(a, b) for a, b in zip(fisher, plain, strict=True))
+
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_nan_and_inf(self, device, value, max_norm):
+        grads = [torch.ones(129, device=device), torch.ones(129, device=device)]
+        grads[0][64] = value
+        fisher = [torch.zeros(129, device=device) for _ in grads]
+        check_fisher(fisher, grads, max_norm=max_norm)
+        assert bool(fisher[1].isfinite().all())
+        if max_norm is None:
+            assert int((~fisher[0].isfinite()).sum()) == 1
+        elif value != value:
+            assert bool(fisher[0].isnan().all())
+        else:  # as in torch: a coefficient of 0, and 0 times Inf at the one place
+            assert fisher[0].isnan().nonzero().tolist() == [[64]]
+            assert int((fisher[0] == 0).sum()) == 128
+
+    def test_a_norm_of_zero(self, device):
+        fisher = [torch.ones(50, device=device)]
+        ops.fisher_add_(fisher, [torch.zeros(50, device=device)], 1.0, 1e-8)
+        assert bool((fisher[0] == 1).all())
+
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    def test_the_gradient_may_be_the_sum_itself(self, device, max_norm):
+        f = torch.rand(40_000, device=device)
+        expected = [f.clone()]
+        reference.fisher_add_(expected, [f.clone()], 0.5, max_norm)
+        ops.fisher_add_([f], [f], 0.5, max_norm)
+        torch.testing.assert_close(f, expected[0], rtol=1e-6, atol=0)
+
+    def test_threads_and_runs_are_bitwise_equal(self, device):
+        results = []
+        for threads in (1, 2, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                fisher, grads = fisher_inputs(tensors_of_every_size()[1:], torch.float64, torch.float64, device)
+                ops.fisher_add_(fisher, grads, 0.5, 1.0)
+            finally:
+                torch.set_num_threads(before)
+            results.append(fisher)
+        assert all(identical(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+    def test_other_tensors_do_not_show(self, device):
+        """The same bits, whether a tensor is one thread's work or all threads'."""
+        fisher, grads = fisher_inputs([(70_001,), (600, 130), (5,)], torch.float64, torch.float64, device)
+        alone, together = clone(fisher), clone(fisher)
+        for f, g in zip(alone, grads, strict=True):
+            ops.fisher_add_([f], [g], 0.5, 1.0)
+        many = [torch.rand(90_000, dtype=torch.float64, device=device) for _ in range(40)]
+        ops.fisher_add_([*together, *clone(many)], [*grads, *many], 0.5, 1.0)
+        assert all(identical(x, y) for x, y in zip(alone, together, strict=True))
+
+    def test_the_norm_of_many_elements_is_exact_to_double(self, device):
+        g = torch.full((1 << 20,), 1e-3, device=device)
+        f = [torch.zeros(1 << 20, dtype=torch.float64, device=device)]
+        ops.fisher_add_(f, [g], 1.0, 0.5)
+        value = float(g[0])
+        c = 0.5 / (value * 1024 + 1e-6)
+        torch.testing.assert_close(f[0], torch.full_like(f[0], (c * value) ** 2), rtol=1e-13, atol=0)
+
+    def test_writes_are_seen_by_autograd(self, device):
+        x = torch.ones(4, device=device, requires_grad=True)
+        y = x.exp()
+        ops.fisher_add_([y.detach()], [torch.rand(4, device=device)])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    def test_opcheck(self, device, max_norm):
+        fisher, grads = fisher_inputs([(4, 5), (7,)], torch.float32, torch.bfloat16, device)
+        torch.library.opcheck(torch.ops.fastcl.fisher_add_.default, (fisher, grads, 0.5, max_norm))
+
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    def test_compile_fullgraph(self, device, max_norm):
+        torch._dynamo.reset()
+        fisher, grads = fisher_inputs([(60, 10), (7,)], torch.float32, torch.float32, device)
+        plain = clone(fisher)
+        torch.compile(lambda f, g: ops.fisher_add_(f, g, 0.5, max_norm), fullgraph=True)(fisher, grads)
+        ops.fisher_add_(plain, grads, 0.5, max_norm)
+        assert all(identical(x, y) for x, y in zip(fisher, plain, strict=True))
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda f, g: (f, g[:1]), ValueError, "grads has 1 tensors and fisher has 2"),
+            (lambda f, g: (f, [g[0], g[1][:, :1]]), ValueError, r"grads\[1\] has shape \(3, 1\), fisher\[1\] has shape \(3, 4\)"),
+            (lambda f, g: ([f[0].byte(), f[1]], g), TypeError, r"fisher\[0\] has dtype uint8; accepted are float64"),
+            (lambda f, g: (f, [g[0].int(), g[1]]), TypeError, r"grads\[0\] has dtype int32"),
+            (lambda f, g: (f, [g[0], g[1].to("meta")]), ValueError, r"grads\[1\] is on meta"),
+            (lambda f, g: (f, None), TypeError, "grads must be a list or tuple"),
+            (lambda f, g: (f, g, -1.0), ValueError, "weight must be a finite number >= 0, got -1.0"),
+            (lambda f, g: (f, g, float("nan")), ValueError, "weight must be a finite number >= 0, got nan"),
+            (lambda f, g: (f, g, "1"), TypeError, "weight must be a number >= 0, got str"),
+            (lambda f, g: (f, g, 1.0, 0.0), ValueError, "max_norm must be a finite number > 0, got 0.0"),
+            (lambda f, g: (f, g, 1.0, -1), ValueError, "max_norm must be a finite number > 0, got -1.0"),
+            (lambda f, g: (f, g, 1.0, float("inf")), ValueError, "max_norm must be a finite number > 0, got inf"),
+            (lambda f, g: (f, g, 1.0, torch.tensor(1.0)), TypeError, "max_norm must be a number > 0, got Tensor"),
+            (lambda f, g: ([f[0], f[0]], [g[0], g[0]]), ValueError, r"fisher\[1\] and fisher\[0\] share memory"),
+            (lambda f, g: ([f[1].view(-1)[:5]], [f[1].view(-1)[3:8]]), ValueError, r"grads\[0\] and fisher\[0\] share memory"),
+            (lambda f, g: ([f[0].clone().requires_grad_(), f[1]], g), ValueError, r"fisher\[0\] requires grad"),
+        ],
+    )
+    def test_bad_input(self, device, make, error, message):
+        fisher, grads = fisher_inputs([(5,), (3, 4)], torch.float32, torch.float32, device)
+        before = clone((fisher, grads))
+        with pytest.raises(error, match=message):
+            ops.fisher_add_(*make(fisher, grads))
+        assert all(identical(a, b) for x, y in zip((fisher, grads), before, strict=True) for a, b in zip(x, y, strict=True))
+
+    @hypothesis.given(
+        drawn=st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4), *[st.sampled_from(FLOATING)] * 2), max_size=4),
+        layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 2),
+        weight=st.floats(0, 100),
+        max_norm=st.none() | st.floats(1e-3, 1e3),
+    )
+    @hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    def test_any_list(self, device, drawn, layouts, weight, max_norm):
+        fisher, grads = [], []
+        for n, (shape, stored, dtype) in enumerate(drawn):
+            fisher.append(LAYOUTS[layouts[0]](importances([tuple(shape)], stored, device, n)[0]))
+            grads.append(LAYOUTS[layouts[1]](gradients([tuple(shape)], dtype, device, n)[0]))
+        check_fisher(fisher, grads, weight, max_norm)

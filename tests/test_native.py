@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parent / "native"
-SUITES = ("scalars", "layout", "ops", "projection")
+SUITES = ("scalars", "layout", "ops", "projection", "child_mask", "fisher")
 pytest.importorskip("pybind11")
 pytest.importorskip("hypothesis")
 

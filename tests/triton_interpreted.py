@@ -322,6 +322,10 @@ def test_spg_heads_of_different_dtypes_and_strides() -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 def test_cases(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     case = CASES[name]
+    if not hasattr(pytest.importorskip(f"fastcl.kernels.{backends.FAMILIES[name.split(',')[0]]}"), name.split(",")[0]):
+        pytest.skip(f"fastcl.kernels has no {name}")
+    if stored == torch.uint8 and case.alone:
+        return
     if stored == torch.uint8 and not case.uint8:
         with pytest.raises(TypeError, match="has dtype uint8"):
             case.call(*case.make([(5,)], dtype, stored))

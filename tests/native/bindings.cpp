@@ -5,13 +5,16 @@
 
 #include <atomic>
 #include <functional>
+#include <optional>
 #include <thread>
 
+#include "core/child_mask.h"
 #include "core/importance.h"
 #include "core/scalar.h"
 #include "core/soft_mask.h"
 #include "core/tanh.h"
 #include "core/view.h"
+#include "cpu/child_bits.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -164,6 +167,25 @@ py::array_t<double> returned(std::vector<py::ssize_t> shape, const std::function
   return out;
 }
 
+using PlaceTuples = std::vector<std::tuple<int64_t, int64_t, std::vector<int64_t>>>;
+
+// Without places: each tensor is whole.
+void child_mask(const Operands& grads, double keep, uint64_t seed, uint32_t step, const PlaceTuples& tuples) {
+  const Views g = views(grads);
+  std::vector<Place> places;
+  for (const auto& [tensor, offset, strides] : tuples) places.push_back({tensor, offset, strides.data()});
+  for (size_t i = places.size(); i < g.size(); ++i) places.push_back({int64_t(i), 0, nullptr});
+  py::gil_scoped_release release;
+  cpu::child_mask_at_(g, keep, seed, step, places, pool());
+}
+
+// Whether each element is kept, one by one.
+py::array_t<bool> child_kept(double keep, uint64_t seed, uint32_t tensor, uint32_t step,
+                             const py::array_t<int64_t, py::array::c_style>& elements) {
+  const ChildDraw draw = ChildDraw::make(keep, seed);
+  return map<int64_t, bool>(elements, [&](int64_t e) { return draw.kept(uint64_t(e), tensor, step); });
+}
+
 double spg(const Operands& accumulated, const std::vector<Operands>& heads) {
   std::vector<Views> lists;
   for (const Operands& h : heads) lists.push_back(views(h));
@@ -262,6 +284,37 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     const Views g = views(grads);
     const std::vector<Views> v = lists_of(memories);
     return returned({py::ssize_t(2 * v.size() + 1)}, [&](double* out) { cpu::gem_project_(g, v, margin, ridge, out, pool()); });
+  });
+  m.def("philox", [](const std::vector<uint32_t>& c, const std::vector<uint32_t>& k) {
+    const Philox drawn = Philox::draw(c.at(0), c.at(1), c.at(2), c.at(3), k.at(0), k.at(1));
+    return std::vector<uint32_t>(drawn.word, drawn.word + 4);
+  });
+  m.def("draw_blocks", [](uint64_t block, int64_t blocks, uint32_t tensor, uint32_t step, uint64_t seed) {
+    std::vector<uint16_t> bits(size_t(8 * (blocks + cpu::kBlocksAtOnce)));
+    cpu::draw_blocks(ChildDraw::make(0.5, seed), block, blocks, tensor, step, bits.data());
+    bits.resize(size_t(8 * blocks));
+    return bits;
+  });
+  m.def("child_kept", &child_kept);
+  m.def("child_mask_", &child_mask, py::arg("grads"), py::arg("keep"), py::arg("seed"), py::arg("step"), py::arg("places") = PlaceTuples{});
+  m.def("fisher_add_", [](const Operands& fisher, const Operands& grads, double weight, std::optional<double> max_norm) {
+    const Views f = views(fisher), g = views(grads);
+    py::gil_scoped_release release;
+    cpu::fisher_add_(f, g, weight, max_norm ? &*max_norm : nullptr, pool());
+  });
+  m.def("fisher_squares", [](const Operands& grads) {
+    const Views g = views(grads);
+    return returned({py::ssize_t(g.size())}, [&](double* out) { cpu::fisher_squares(g, out, pool()); });
+  });
+  m.def("fisher_update_", [](const Operands& fisher, const Operands& grads, double weight, const std::vector<double>& coefficients) {
+    const Views f = views(fisher), g = views(grads);
+    py::gil_scoped_release release;
+    cpu::fisher_update_(f, g, weight, coefficients.data(), pool());
+  });
+  m.def("ewc_pull_", [](const Operands& grads, const Operands& params, const Operands& precision, const Operands& anchor, double strength) {
+    const Views g = views(grads), p = views(params), a = views(precision), c = views(anchor);
+    py::gil_scoped_release release;
+    cpu::ewc_pull_(g, p, a, c, strength, pool());
   });
   m.def("gem_coefficients", [](const py::array_t<double, py::array::c_style>& products, double margin, double ridge) {
     const int k = int(products.shape(0)) - 1;

@@ -24,3 +24,8 @@ def test_threads_share_no_element(strided: bool) -> None:
     assert native.project_(own, memories[0]).shape == (3,)
     assert native.gram([own, *memories]).shape == (4, 4)
     assert native.gem_project_(own, memories, 0.5, 1e-3).shape == (7,)
+    native.child_mask_(own, 0.5, 1, 2)
+    native.fisher_add_(own, memories[0], 0.5, 1.0)
+    native.fisher_add_(own, memories[0], 0.5, None)
+    assert native.fisher_squares(own).shape == (5,)
+    native.ewc_pull_(own, *memories, 0.5)
