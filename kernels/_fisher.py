@@ -84,9 +84,8 @@ def fisher_update_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: fl
     with on_device(coefficients):
         rounded_once = {False: coefficients.float(), True: coefficients.contiguous()}
         for launch in launches(fisher, grads):
-            double = any(column[0].dtype == torch.float64 for column in launch.columns)
             fisher_kernel[launch.grid](
-                launch.lists, launch.per_row(launch.members), rounded_once[double], number(weight, double), **launch.options
+                launch.lists, launch.per_row(launch.members), rounded_once[launch.double], number(weight, launch.double), **launch.options
             )
 
 

@@ -71,9 +71,9 @@ class Launch(NamedTuple):
     starts: tuple[int, ...]
     tails: tuple[int, ...]
     sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...]
     row_blocks: tuple[int, ...]
-    constants: dict[str, Any]
+    shape: Shape
     tag: Any
 
     @property
@@ -82,34 +82,28 @@ class Launch(NamedTuple):
         return (sum(self.row_blocks),)
 
     @property
-    def args(self) -> tuple[Any, ...]:
-        """The tuples that a kernel over two lists takes first, in order."""
-        return (*self.columns, self.starts, self.tails, self.sizes, *self.strides)
-
-    @property
-    def joined(self) -> tuple[Any, ...]:
-        """The tuples that a kernel over any number of lists takes first, in order: pointers and strides of one list after the other."""
-        strides = sum(self.strides, ()) if self.constants["D"] else (0,)
-        return sum(self.columns, ()), self.starts, self.tails, self.sizes, strides
+    def double(self) -> bool:
+        """Whether a list that is walked through is of float64."""
+        walked = self.columns[: len(self.shape.KINDS)]
+        return any(isinstance(column[0], Tensor) and column[0].dtype == torch.float64 for column in walked)
 
     @property
     def lists(self) -> Lists:
         """The first argument of a kernel."""
-        return Lists(*self.joined)
+        return Lists(sum(self.columns, ()), self.starts, self.tails, self.sizes, self.strides)
 
     @property
     def options(self) -> dict[str, Any]:
         """The last arguments of a kernel. Without contraction, which would give other bits than the definition's."""
-        shape = Shape(*(self.constants[name] for name in Shape._fields))
-        return {"SHAPE": shape, "num_warps": self.constants["num_warps"], "enable_fp_fusion": False}
+        return {"SHAPE": self.shape, "num_warps": 8 if self.shape.BLOCK > STRIDED_BLOCK else 4, "enable_fp_fusion": False}
 
     def aligned(self, column: int) -> bool:
         """Whether the walk through a column of ``_indices`` goes in order from a multiple of 8; -1: the walk counts by itself."""
-        return column < 0 or (self.constants["KINDS"][column] == FLAT and (self.columns[column][0] - WIDE_BIAS) % 16 == 0)
+        return column < 0 or (self.shape.KINDS[column] == FLAT and (self.columns[column][0] - WIDE_BIAS) % 16 == 0)
 
     def per_row(self, values: Sequence[int]) -> tuple[int, ...]:
         """One integer per member, encoded and padded for ``_math.pick``."""
-        return encode([*values, *values[-1:] * (self.constants["T"] - len(values))])
+        return encode([*values, *[values[-1]] * (self.shape.T - len(values))])
 
 
 def encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
@@ -271,15 +265,8 @@ def _launch(
         starts=encode(starts),
         tails=encode([(w.elements - 1) % block + 1 for _, _, w in padded]),
         sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
-        strides=tuple(encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
+        strides=encode([s for c in range(len(kinds)) for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,),
         row_blocks=row_blocks,
-        constants={
-            "KINDS": kinds,
-            "T": capacity,
-            "D": rank,
-            "BIAS": WIDE_BIAS if wide else NARROW_BIAS,
-            "BLOCK": block,
-            "num_warps": 8 if block > STRIDED_BLOCK else 4,
-        },
+        shape=Shape(kinds, capacity, rank, WIDE_BIAS if wide else NARROW_BIAS, block),
         tag=tag,
     )

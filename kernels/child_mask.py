@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -118,7 +117,7 @@ def child_mask_at_(grads: Sequence[Tensor], keep: float, seed: int, step: int, p
                 launch.lists,
                 launch.per_row([m if places is None else places[m][0] for m in launch.members]),
                 draw,
-                number(1 / keep, launch.columns[0][0].dtype == torch.float64),
+                number(1 / keep, launch.double),
                 INDEX=column,
                 GROUPED=launch.aligned(column),
                 **launch.options,

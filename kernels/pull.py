@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,6 +39,5 @@ def ewc_pull_(
 ) -> None:
     """``g <- g + 2 * strength * A (theta - c)``; see :func:`fastcl.ops.ewc_pull_`."""
     for launch in launches(grads, params, precision, anchor):
-        double = any(column[0].dtype == torch.float64 for column in launch.columns)
         with on_device(grads[0]):
-            pull_kernel[launch.grid](launch.lists, number(2 * strength, double), **launch.options)
+            pull_kernel[launch.grid](launch.lists, number(2 * strength, launch.double), **launch.options)

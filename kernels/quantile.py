@@ -92,7 +92,6 @@ def radix_counts(tensors: Sequence[Tensor], prefixes: Tensor, level: int, wide: 
     counts = torch.zeros(2, BINS + 1, dtype=torch.int64, device=prefixes.device)
     with on_device(prefixes):
         for launch in launches(tensors, block=STRETCH * BLOCK):
-            shape = launch.options["SHAPE"]
             counts_kernel[launch.grid](
                 launch.lists,
                 prefixes,
@@ -101,7 +100,7 @@ def radix_counts(tensors: Sequence[Tensor], prefixes: Tensor, level: int, wide: 
                 WIDTH=widths[level],
                 BELOW=sum(widths[level + 1 :]),
                 WIDE=wide,
-                PART=shape._replace(BLOCK=min(shape.BLOCK, BLOCK)),
+                PART=launch.shape._replace(BLOCK=min(launch.shape.BLOCK, BLOCK)),
                 **launch.options,
             )
     return counts

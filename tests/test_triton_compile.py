@@ -187,7 +187,7 @@ def test_lists_are_read_as_often_as_the_tiles_demand(launches: list[Any]) -> Non
     for count in (1, 2, 8, 9, 16, 17, 65):
         launches.clear()
         projection.gram(lists(count, F32))
-        reads = [len(options["KINDS"]) for kernel, _, options in launches if kernel.__name__ == "products_kernel"]
+        reads = [len(options["SHAPE"].KINDS) for kernel, _, options in launches if kernel.__name__ == "products_kernel"]
         assert sum(reads) == count * -(-count // projection.TILE)
     launches.clear()
     projection.project_(*lists(2, F32, tensors=64))
@@ -268,5 +268,5 @@ def test_more_than_2_to_the_31_elements_are_planned() -> None:
     assert all(v < 1 << 31 for v in launch.starts + launch.tails)
     rows = torch.empty(3 << 20, 1 << 11, dtype=U8, device="meta")
     (launch,) = _lists.launches([rows], [torch.empty(3 << 20, 1, dtype=U8, device="meta")])
-    assert launch.constants["BIAS"] == _lists.WIDE_BIAS
+    assert launch.shape.BIAS == _lists.WIDE_BIAS
     assert all(v >= 1 << 31 for v in launch.sizes)
