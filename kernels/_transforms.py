@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcl.kernels._access import beside, numeral, read_list
+from fastcl.kernels._access import beside, numeral, read_list, row_value
 from fastcl.kernels._indices import Place, counts_itself, index, row_major
 from fastcl.kernels._lists import Launch, launches, number
 from fastcl.kernels._math import decode
@@ -26,6 +26,10 @@ _SCALAR = tl.constexpr(1)
 
 BLOCK = 2048  # half of what others take: parameter, gradient, two moments and operands wait in registers at once
 
+COLUMNS = (
+    6  # of a parameter's row of numbers: steps before this one, scale of the gradient, found_inf, and what the optimizer's rule asks for
+)
+_COLUMNS = tl.constexpr(COLUMNS)
 _WALKED = {"soft_mask": 1, "project": 1, "pull": 2}  # operands that are walked through
 
 Transform = tuple[Any, ...]
@@ -51,6 +55,12 @@ class Sweep(NamedTuple):
     draws: tuple[int, ...]
     tensors: tuple[int, ...]
     plan: Plan
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def own_row(rows: tl.tensor, members: tl.tuple, lists: tl.tuple, at: tl.tuple, SHAPE: tl.constexpr) -> tl.tensor:
+    """The pointer to this program's row of :data:`COLUMNS` numbers."""
+    return rows + row_value(members, lists, at, SHAPE).to(tl.int64) * _COLUMNS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
