@@ -4,7 +4,6 @@ import itertools
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,12 +16,6 @@ from layouts import identical
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(2048,), (2500,), (23, 11), (3, 4, 5), (), (0, 2), (2, 700)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _square_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch takes square roots of more than a few float32 from a library that rounds some of them the other way; a GPU rounds right."""
-    monkeypatch.setattr(Tensor, "sqrt", lambda t: torch.from_numpy(np.asarray(np.sqrt(t.numpy()))))
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = F32) -> Tensor:
