@@ -30,6 +30,26 @@ ARGUMENTS = 3968  # bytes for the tuples: every GPU accepts 4 KB of arguments, o
 FLAT, SCALAR, STRIDED = 0, 1, 2
 
 
+class Lists(NamedTuple):
+    """What a kernel knows of its lists: pointers of one list after the other, where each tensor starts, sizes, strides."""
+
+    pointers: tuple[Any, ...]
+    starts: tuple[int, ...]
+    tails: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Shape(NamedTuple):
+    """What is compiled in: the kinds of the lists that are walked through, tensors of a launch, dims, bias, elements of a program."""
+
+    KINDS: tuple[int, ...]
+    T: int
+    D: int
+    BIAS: int
+    BLOCK: int
+
+
 class Walk(NamedTuple):
     """How the elements of one row of tensors are visited: sizes, and per column its kind and strides; no sizes if all are in order."""
 
@@ -40,16 +60,20 @@ class Walk(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The arguments of one launch. ``columns[c]`` holds the tensors of list ``c``; ``members`` are their places in the lists."""
+    """The arguments of one launch. ``columns[c]`` holds the tensors of list ``c``; ``members`` are their places in the lists.
+
+    Columns beyond the kinds are not walked through: each row has a tensor of its own there, which the kernel addresses by itself. Columns
+    of ``_indices.index`` hold numbers.
+    """
 
     members: tuple[int, ...]
-    columns: tuple[tuple[Tensor, ...], ...]
+    columns: tuple[tuple[Any, ...], ...]
     starts: tuple[int, ...]
     tails: tuple[int, ...]
     sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...]
     row_blocks: tuple[int, ...]
-    constants: dict[str, Any]
+    shape: Shape
     tag: Any
 
     @property
@@ -58,19 +82,28 @@ class Launch(NamedTuple):
         return (sum(self.row_blocks),)
 
     @property
-    def args(self) -> tuple[Any, ...]:
-        """The tuples that a kernel over two lists takes first, in order."""
-        return (*self.columns, self.starts, self.tails, self.sizes, *self.strides)
+    def double(self) -> bool:
+        """Whether a list that is walked through is of float64."""
+        walked = self.columns[: len(self.shape.KINDS)]
+        return any(isinstance(column[0], Tensor) and column[0].dtype == torch.float64 for column in walked)
 
     @property
-    def joined(self) -> tuple[Any, ...]:
-        """The tuples that a kernel over any number of lists takes first, in order: pointers and strides of one list after the other."""
-        strides = sum(self.strides, ()) if self.constants["D"] else (0,)
-        return sum(self.columns, ()), self.starts, self.tails, self.sizes, strides
+    def lists(self) -> Lists:
+        """The first argument of a kernel."""
+        return Lists(sum(self.columns, ()), self.starts, self.tails, self.sizes, self.strides)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The last arguments of a kernel. Without contraction, which would give other bits than the definition's."""
+        return {"SHAPE": self.shape, "num_warps": 8 if self.shape.BLOCK > STRIDED_BLOCK else 4, "enable_fp_fusion": False}
+
+    def aligned(self, column: int) -> bool:
+        """Whether the walk through a column of ``_indices`` goes in order from a multiple of 8; -1: the walk counts by itself."""
+        return column < 0 or (self.shape.KINDS[column] == FLAT and (self.columns[column][0] - WIDE_BIAS) % 16 == 0)
 
     def per_row(self, values: Sequence[int]) -> tuple[int, ...]:
         """One integer per member, encoded and padded for ``_math.pick``."""
-        return encode([*values, *values[-1:] * (self.constants["T"] - len(values))])
+        return encode([*values, *[values[-1]] * (self.shape.T - len(values))])
 
 
 def encode(values: Sequence[int], wide: bool = False) -> tuple[int, ...]:
@@ -82,6 +115,16 @@ def halves(value: float) -> tuple[int, int]:
     """The bits of a float64, high and low, for ``_math.float64``."""
     low, high = struct.unpack("<ii", struct.pack("<d", value))
     return high, low
+
+
+def words(value: int, count: int) -> tuple[int, ...]:
+    """The lowest ``16 count`` bits of a whole number, encoded, lowest first, for ``_math.whole``."""
+    return encode([value >> 16 * n & 0xFFFF for n in range(count)])
+
+
+def number(value: float, double: bool) -> tuple[Any, ...]:
+    """A number in the precision of computation, for ``_math.numeral``."""
+    return words(struct.unpack("<q", struct.pack("<d", value))[0], 4) if double else (float(value),)
 
 
 def padded_capacity(count: int) -> int:
@@ -156,19 +199,26 @@ def _memory(row: Sequence[Tensor]) -> Any:
     return tuple((t.dtype, t.data_ptr() % 16 == 0) for t in row)
 
 
-def _capacity(columns: int, rank: int, wide: bool) -> int:
+def _capacity(columns: int, rank: int, wide: bool, values: int) -> int:
     """How many tensors a launch holds."""
     # 64 strided tensors of 3 dims and 2 columns would take 4.6 KB.
     limit = 1 if wide else 8 if rank else CAPACITIES[-1]
-    # Per tensor its pointers, a start, a tail, one value of the caller's, and per dim the sizes and strides.
-    size = 8 * columns + 12 + (8 if wide else 4) * rank * (columns + 1)
+    # Per tensor its pointers, a start, a tail, the caller's values, and per dim the sizes and strides.
+    size = 8 * columns + 8 + 4 * values + (8 if wide else 4) * rank * (columns + 1)
     return max(c for c in CAPACITIES if c == 1 or (c <= limit and c * size <= ARGUMENTS))
 
 
-def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None, block: int = BLOCK) -> Iterator[Launch]:
+def launches(
+    *lists: Sequence[Tensor],
+    tags: Sequence[Any] | None = None,
+    block: int = BLOCK,
+    beside: Sequence[Sequence[Tensor]] = (),
+    values: int = 1,
+) -> Iterator[Launch]:
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
-    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order.
+    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order. Lists
+    ``beside`` are handed over without being walked through. ``values`` is how many numbers per row the caller adds.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     in_order = (FLAT,) * len(lists)
@@ -177,22 +227,29 @@ def launches(*lists: Sequence[Tensor], tags: Sequence[Any] | None = None, block:
         if not elements:
             continue
         tag = tags[n] if tags else None
+        others = tuple(column[n] for column in beside)
         shape = row[0].shape
         # The common case first and without detours: this loop is what a list of thousands of tensors costs.
         for t in row:
             if t.shape != shape or not t.is_contiguous():
                 break
         else:
+            row += others
             key = (_memory(row), in_order, 0, False, tag)
             groups.setdefault(key, []).append((n, row, Walk(elements, in_order)))
             continue
-        for member, tensors, w in _cut(n, row):
+        for member, part, w in _cut(n, row):
+            tensors = (*part, *others)
             key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag)
             groups.setdefault(key, []).append((member, tensors, w))
     for (_, kinds, rank, wide, tag), rows in groups.items():
-        limit = _capacity(len(lists), rank, wide)
+        limit = _capacity(len(lists) + len(beside), rank, wide, values)
         for at in range(0, len(rows), limit):
             yield _launch(rows[at : at + limit], kinds, rank, wide, tag, STRIDED_BLOCK if rank else block)
+
+
+def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return encode([int(t.storage_offset()) for t in tensors], True) if tensors[0].is_meta else tensors
 
 
 def _launch(
@@ -204,19 +261,12 @@ def _launch(
     starts = [0, *itertools.accumulate(row_blocks), *[NARROW - 1] * (capacity - len(rows))]
     return Launch(
         members=tuple(member for member, _, _ in rows),
-        columns=tuple(zip(*(tensors for _, tensors, _ in padded), strict=True)),
+        columns=tuple(map(_column, zip(*(tensors for _, tensors, _ in padded), strict=True))),
         starts=encode(starts),
         tails=encode([(w.elements - 1) % block + 1 for _, _, w in padded]),
         sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
-        strides=tuple(encode([s for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,) for c in range(len(kinds))),
+        strides=encode([s for c in range(len(kinds)) for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,),
         row_blocks=row_blocks,
-        constants={
-            "KINDS": kinds,
-            "T": capacity,
-            "D": rank,
-            "BIAS": WIDE_BIAS if wide else NARROW_BIAS,
-            "BLOCK": block,
-            "num_warps": 8 if block > STRIDED_BLOCK else 4,
-        },
+        shape=Shape(kinds, capacity, rank, WIDE_BIAS if wide else NARROW_BIAS, block),
         tag=tag,
     )

@@ -103,7 +103,11 @@ def from_code(code: tl.tensor) -> tl.tensor:
 @triton.jit  # type: ignore[untyped-decorator]
 def decode(stored: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """What a stored importance (or a gradient) stands for, in the precision of computation."""
-    value = stored.to(DTYPE)
+    if stored.dtype == tl.bfloat16 and _INTERPRETED:
+        # The interpreter loses subnormal numbers on the way, and NaN and Inf on the direct one to float64.
+        value = (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        value = stored.to(DTYPE)
     if stored.dtype == tl.uint8:
         return from_code(value)
     return value
@@ -153,6 +157,26 @@ def total(partials: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr) -> tl.tens
         sums += tl.load(partials + at + lane, mask=at + lane < count, other=0)
         at += CHUNK
     return tl.sum(sums, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def divide(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The correctly rounded quotient; of float32 the operator's is not."""
+    if a.dtype == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, b)
+    return quotient
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def root(a: tl.tensor) -> tl.tensor:
+    """The correctly rounded square root; tl.sqrt's of float32 is not."""
+    if a.dtype == tl.float64:
+        result = tl.sqrt(a)
+    else:
+        result = tl.sqrt_rn(a)
+    return result
 
 
 @triton.constexpr_function  # type: ignore[untyped-decorator]

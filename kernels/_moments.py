@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcl.kernels._access import here, read_list, row_value
 from fastcl.kernels._lists import CAPACITIES, encode, launches, padded_capacity
-from fastcl.kernels._math import address, pick, place, read
+from fastcl.kernels._math import decode
 
 _CHUNK = 1024  # partial results that one step of the combining program takes
 
@@ -51,29 +52,14 @@ def _block_moments(x: tl.tensor, valid: tl.tensor, at: tl.tensor, BLOCK: tl.cons
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def moments_kernel(
-    grads: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    bases: tl.tuple,
-    partials: tl.tensor,
-    DTYPE: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def moments_kernel(lists: tl.tuple, bases: tl.tuple, partials: tl.tensor, DTYPE: tl.constexpr, SHAPE: tl.constexpr) -> None:
     """Count, mean (in two parts) and sum of squared deviations of one block."""
-    code, block, valid = place(starts, tails, T, BLOCK)
-    g_at = address(pick(grads, starts, code, T), block, code, starts, sizes, strides, KINDS[0], T, D, BIAS, BLOCK)
-    at = partials + (((pick(bases, starts, code, T) - 3) >> 1) + block).to(tl.int64) * 4
-    if valid == BLOCK:
-        _block_moments(read(g_at, valid, KINDS[0], False, BLOCK).to(DTYPE), valid, at, BLOCK)
+    at = here(lists, SHAPE)
+    out = partials + (row_value(bases, lists, at, SHAPE) + at[1]).to(tl.int64) * 4
+    if at[2] == SHAPE.BLOCK:
+        _block_moments(decode(read_list(lists, at, 0, SHAPE, False), DTYPE), at[2], out, SHAPE.BLOCK)
     else:
-        _block_moments(read(g_at, valid, KINDS[0], True, BLOCK).to(DTYPE), valid, at, BLOCK)
+        _block_moments(decode(read_list(lists, at, 0, SHAPE, True), DTYPE), at[2], out, SHAPE.BLOCK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -209,7 +195,8 @@ def _measure(tensors: Sequence[Tensor], double: Sequence[bool], singles: Tensor,
             bases.append(cursor[member])
             cursor[member] += n
         dtype = tl.float64 if launch.tag else tl.float32
-        moments_kernel[launch.grid](*launch.args, launch.per_row(bases), partials, DTYPE=dtype, **launch.constants, enable_fp_fusion=True)
+        options = launch.options | {"enable_fp_fusion": True}
+        moments_kernel[launch.grid](launch.lists, launch.per_row(bases), partials, DTYPE=dtype, **options)
     for at in range(0, len(tensors), CAPACITIES[-1]):
         part = edges[at : at + CAPACITIES[-1] + 1]
         count = len(part) - 1

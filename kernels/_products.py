@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcl.kernels._access import here, read_list
 from fastcl.kernels._lists import Launch, launches
-from fastcl.kernels._math import address, pick, place, read, total
+from fastcl.kernels._math import decode, total
 
 CHUNK = 4096  # partial sums that one step of a last program takes
 _SCALAR = tl.constexpr(1)
@@ -22,67 +23,47 @@ _SCALAR = tl.constexpr(1)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _products(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    at: tl.tensor,
+    lists: tl.tuple,
+    at: tl.tuple,
+    out: tl.tensor,
     blocks: tl.tensor,
-    block: tl.tensor,
-    code: tl.tensor,
-    valid: tl.tensor,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    exists = tl.arange(0, BLOCK) < valid
+    exists = tl.arange(0, SHAPE.BLOCK) < at[2]
     values = ()
-    for c in tl.static_range(len(KINDS)):
-        x_at = address(pick(pointers, starts, code, T, 1, c * T), block, code, starts, sizes, strides, KINDS[c], T, D, BIAS, BLOCK, c)
-        values = values + (read(x_at, valid, KINDS[c], MASKED, BLOCK).to(tl.float64),)  # noqa: RUF005
+    for c in tl.static_range(len(SHAPE.KINDS)):
+        values = values + (decode(read_list(lists, at, c, SHAPE, MASKED), tl.float64),)  # noqa: RUF005
     for n in tl.static_range(len(LEFT)):
         product = values[LEFT[n]] * values[RIGHT[n]]
-        if MASKED or (KINDS[LEFT[n]] == _SCALAR and KINDS[RIGHT[n]] == _SCALAR):
+        if MASKED or (SHAPE.KINDS[LEFT[n]] == _SCALAR and SHAPE.KINDS[RIGHT[n]] == _SCALAR):
             # Not by the zeros of masked loads: what is one value for all elements may be Inf, and Inf * 0 is NaN.
             product = tl.where(exists, product, 0.0)
-        tl.store(at + n * blocks.to(tl.int64), tl.sum(product, 0))
+        tl.store(out + n * blocks.to(tl.int64), tl.sum(product, 0))
 
 
 @triton.jit(do_not_specialize=["first", "blocks"])  # type: ignore[untyped-decorator]
 def products_kernel(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
+    lists: tl.tuple,
     partials: tl.tensor,
     first: tl.tensor,
     blocks: tl.tensor,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
 ) -> None:
     """One block of every list: the dot products of the pairs ``(LEFT[n], RIGHT[n])`` of lists.
 
     ``partials`` has ``blocks`` places per pair, of which this launch owns those from ``first``.
     """
-    code, block, valid = place(starts, tails, T, BLOCK)
-    at = partials + (first + tl.program_id(0)).to(tl.int64)
-    # fmt: off
-    if valid == BLOCK:
-        _products(pointers, starts, sizes, strides, at, blocks, block, code, valid, LEFT, RIGHT, KINDS, T, D, BIAS, BLOCK, False)
+    at = here(lists, SHAPE)
+    out = partials + (first + tl.program_id(0)).to(tl.int64)
+    if at[2] == SHAPE.BLOCK:
+        _products(lists, at, out, blocks, LEFT, RIGHT, SHAPE, False)
     else:
-        _products(pointers, starts, sizes, strides, at, blocks, block, code, valid, LEFT, RIGHT, KINDS, T, D, BIAS, BLOCK, True)
-    # fmt: on
+        _products(lists, at, out, blocks, LEFT, RIGHT, SHAPE, True)
 
 
 @triton.jit(do_not_specialize=["blocks", "row", "column", "height", "width"])  # type: ignore[untyped-decorator]
@@ -121,9 +102,8 @@ def partial_sums(plan: Sequence[Launch], left: Sequence[int], right: Sequence[in
     partials = torch.empty(len(left) * blocks, dtype=torch.float64, device=device)
     first = 0
     for launch in plan:
-        products_kernel[launch.grid](
-            *launch.joined, partials, first, blocks, LEFT=tuple(left), RIGHT=tuple(right), **launch.constants, enable_fp_fusion=True
-        )
+        options = launch.options | {"enable_fp_fusion": True}
+        products_kernel[launch.grid](launch.lists, partials, first, blocks, LEFT=tuple(left), RIGHT=tuple(right), **options)
         first += launch.grid[0]
     return partials, blocks
 

@@ -10,95 +10,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcl.kernels._access import here, read_list, row_value, write_list
+from fastcl.kernels._fisher import fisher_add_, fisher_squares, fisher_update_
 from fastcl.kernels._lists import launches, on_device
-from fastcl.kernels._math import address, decode, encode, maximum, pick, place, precision, read, tanh_abs, total, write
+from fastcl.kernels._math import decode, encode, maximum, precision, tanh_abs, total
 from fastcl.kernels._moments import moments, scaling, statistics
+
+__all__ = ["emax_", "fisher_add_", "fisher_squares", "fisher_update_", "spg_importance_", "spg_moments", "spg_update_"]
 
 _HEADS = 4  # gradients that one sweep reads beside the accumulator; more heads take more sweeps
 _CHUNK = 1024  # partial sums that one step of the last program takes
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _larger(i_at: tl.tensor, n_at: tl.tensor, valid: tl.tensor, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    old = read(i_at, valid, 0, MASKED, BLOCK)
-    new = read(n_at, valid, KIND, MASKED, BLOCK)
+def _larger(lists: tl.tuple, at: tl.tuple, SHAPE: tl.constexpr, MASKED: tl.constexpr) -> None:
+    old = read_list(lists, at, 0, SHAPE, MASKED)
+    new = read_list(lists, at, 1, SHAPE, MASKED)
     if old.dtype == tl.uint8 and new.dtype == tl.uint8:
         # Codes order as what they stand for, and encoding gives a decoded code back.
-        write(i_at, tl.maximum(old, new), valid, MASKED, BLOCK)
+        write_list(lists, at, 0, tl.maximum(old, new), SHAPE, MASKED)
     else:
         DTYPE: tl.constexpr = precision(old.dtype, new.dtype)
-        write(i_at, encode(maximum(decode(old, DTYPE), decode(new, DTYPE)), old.dtype), valid, MASKED, BLOCK)
+        write_list(lists, at, 0, encode(maximum(decode(old, DTYPE), decode(new, DTYPE)), old.dtype), SHAPE, MASKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def emax_kernel(
-    importance: tl.tuple,
-    new: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    i_strides: tl.tuple,
-    n_strides: tl.tuple,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def emax_kernel(lists: tl.tuple, SHAPE: tl.constexpr) -> None:
     """One block of one tensor: ``I <- max(I, new)``."""
-    code, block, valid = place(starts, tails, T, BLOCK)
-    i_at = address(pick(importance, starts, code, T), block, code, starts, sizes, i_strides, KINDS[0], T, D, BIAS, BLOCK)
-    n_at = address(pick(new, starts, code, T), block, code, starts, sizes, n_strides, KINDS[1], T, D, BIAS, BLOCK)
-    if valid == BLOCK:
-        _larger(i_at, n_at, valid, KINDS[1], False, BLOCK)
+    at = here(lists, SHAPE)
+    if at[2] == SHAPE.BLOCK:
+        _larger(lists, at, SHAPE, False)
     else:
-        _larger(i_at, n_at, valid, KINDS[1], True, BLOCK)
+        _larger(lists, at, SHAPE, True)
 
 
 def emax_(importance: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     """``I <- max(I, new)``; see :func:`fastcl.ops.emax_`."""
     for launch in launches(importance, new):
         with on_device(importance[0]):
-            # Without contraction, as soft_mask_: the code of a stored uint8 must come back unchanged.
-            emax_kernel[launch.grid](*launch.args, **launch.constants, enable_fp_fusion=False)
+            # Without contraction: the code of a stored uint8 must come back unchanged.
+            emax_kernel[launch.grid](launch.lists, **launch.options)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _accumulate(
-    a_at: tl.tensor,
-    grads: tl.tuple,
-    starts: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    statistics: tl.tensor,
-    sum_at: tl.tensor,
-    block: tl.tensor,
-    code: tl.tensor,
-    member: tl.tensor,
-    valid: tl.tensor,
+    lists: tl.tuple,
+    at: tl.tuple,
+    rows: tl.tensor,
     count: tl.tensor,
-    HEADS: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sum_at: tl.tensor,
+    SHAPE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    DTYPE: tl.constexpr = statistics.dtype.element_ty
-    stored = read(a_at, valid, KINDS[0], MASKED, BLOCK)
-    if HEADS:
+    DTYPE: tl.constexpr = rows.dtype.element_ty
+    stored = read_list(lists, at, 0, SHAPE, MASKED)
+    if len(SHAPE.KINDS) > 1:
         largest = decode(stored, DTYPE)
-        for h in tl.static_range(HEADS):
-            g = pick(grads, starts, code, T, 1, h * T)
-            g_at = address(g, block, code, starts, sizes, strides, KINDS[h + 1], T, D, BIAS, BLOCK, h)
-            x = read(g_at, valid, KINDS[h + 1], MASKED, BLOCK).to(DTYPE)
-            row = statistics + (h * count + member).to(tl.int64) * 4
+        for h in tl.static_range(1, len(SHAPE.KINDS)):
+            x = decode(read_list(lists, at, h, SHAPE, MASKED), DTYPE)
+            row = rows + ((h - 1) * count).to(tl.int64) * 4
             z = ((x * tl.load(row) - tl.load(row + 1)) - tl.load(row + 2)) * tl.load(row + 3)
             largest = maximum(largest, tanh_abs(z))
         stored = encode(largest, stored.dtype)
-        write(a_at, stored, valid, MASKED, BLOCK)
-    exists = tl.arange(0, BLOCK) < valid
+        write_list(lists, at, 0, stored, SHAPE, MASKED)
+    exists = tl.arange(0, SHAPE.BLOCK) < at[2]
     if stored.dtype == tl.uint8:
         # At most 4096 codes: their sum is exact in 32 bits.
         stored_sum = tl.sum(tl.where(exists, stored.to(tl.int32), 0), 0).to(tl.float64) / 255
@@ -110,42 +85,26 @@ def _accumulate(
 
 @triton.jit(do_not_specialize=["first", "count"])  # type: ignore[untyped-decorator]
 def spg_kernel(
-    accumulated: tl.tuple,
-    grads: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    a_strides: tl.tuple,
-    g_strides: tl.tuple,
+    lists: tl.tuple,
     members: tl.tuple,
-    statistics: tl.tensor,
+    rows: tl.tensor,
+    count: tl.tensor,
     sums: tl.tensor,
     first: tl.tensor,
-    count: tl.tensor,
-    HEADS: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
 ) -> None:
     """One block of one tensor: ``a <- max(a, |tanh z| of every head)``, and the sum of what was stored.
 
-    ``grads`` and ``g_strides`` hold one head after the other. ``statistics`` has ``count`` rows per head, ``sums`` one place per block of
-    the whole list, of which this launch owns those from ``first``.
+    The first list is the accumulator, the others are the heads' gradients. ``rows`` has ``count`` rows per head, ``sums`` one place per
+    block of the whole list, of which this launch owns those from ``first``.
     """
-    code, block, valid = place(starts, tails, T, BLOCK)
-    member = (pick(members, starts, code, T) - 3) >> 1
-    a_at = address(pick(accumulated, starts, code, T), block, code, starts, sizes, a_strides, KINDS[0], T, D, BIAS, BLOCK)
+    at = here(lists, SHAPE)
+    own = rows + row_value(members, lists, at, SHAPE).to(tl.int64) * 4
     sum_at = sums + (first + tl.program_id(0)).to(tl.int64)
-    # fmt: off
-    if valid == BLOCK:
-        _accumulate(a_at, grads, starts, sizes, g_strides, statistics, sum_at, block, code, member, valid, count,
-                    HEADS, KINDS, T, D, BIAS, BLOCK, False)
+    if at[2] == SHAPE.BLOCK:
+        _accumulate(lists, at, own, count, sum_at, SHAPE, False)
     else:
-        _accumulate(a_at, grads, starts, sizes, g_strides, statistics, sum_at, block, code, member, valid, count,
-                    HEADS, KINDS, T, D, BIAS, BLOCK, True)
-    # fmt: on
+        _accumulate(lists, at, own, count, sum_at, SHAPE, True)
 
 
 @triton.jit(do_not_specialize=["blocks", "elements"])  # type: ignore[untyped-decorator]
@@ -206,22 +165,9 @@ def _sweep(stored: Sequence[Tensor], heads: _Heads, constants: tuple[Tensor, ...
     sums = torch.empty(blocks, dtype=torch.float64, device=device)
     first = 0
     for launch in plan:
+        rows = double_rows if launch.tag else single_rows
         spg_kernel[launch.grid](
-            launch.columns[0],
-            sum(launch.columns[1:], ()) or (0,),
-            launch.starts,
-            launch.tails,
-            launch.sizes,
-            launch.strides[0],
-            sum(launch.strides[1:], ()) or (0,),
-            launch.per_row(launch.members),
-            double_rows if launch.tag else single_rows,
-            sums,
-            first,
-            len(stored),
-            HEADS=len(heads),
-            **launch.constants,
-            enable_fp_fusion=True,
+            launch.lists, launch.per_row(launch.members), rows, len(stored), sums, first, **launch.options | {"enable_fp_fusion": True}
         )
         first += sum(launch.row_blocks)
     mean = torch.empty((), dtype=torch.float64, device=device)

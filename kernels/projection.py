@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcl.kernels._access import beside, elements, here, read_list, write_list
 from fastcl.kernels._lists import STRIDED_BLOCK, Launch, halves, launches, on_device
-from fastcl.kernels._math import address, encode, pick, place, read, total, write
+from fastcl.kernels._math import decode, encode, total
 from fastcl.kernels._products import CHUNK, fill_tile, partial_sums, sum_kernel
 from fastcl.kernels._quadratic import gem_kernel
 
@@ -41,67 +42,36 @@ def agem_kernel(partials: tl.tensor, out: tl.tensor, blocks: tl.tensor, CHUNK: t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _combine(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    coefficients: tl.tensor,
-    block: tl.tensor,
-    code: tl.tensor,
-    valid: tl.tensor,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-) -> None:
-    g_at = address(pick(pointers, starts, code, T), block, code, starts, sizes, strides, KINDS[0], T, D, BIAS, BLOCK)
-    g = read(g_at, valid, KINDS[0], MASKED, BLOCK)
-    new = g.to(tl.float64)
-    for c in tl.static_range(1, len(KINDS)):
+def _combine(lists: tl.tuple, at: tl.tuple, coefficients: tl.tensor, SHAPE: tl.constexpr, MASKED: tl.constexpr) -> None:
+    g = read_list(lists, at, 0, SHAPE, MASKED)
+    new = decode(g, tl.float64)
+    for c in tl.static_range(1, len(SHAPE.KINDS)):
         v = tl.load(coefficients + c - 1)
-        m_at = address(pick(pointers, starts, code, T, 1, c * T), block, code, starts, sizes, strides, KINDS[c], T, D, BIAS, BLOCK, c)
+        m_at = elements(beside(lists, at, c, SHAPE), lists, at, c, SHAPE)
         # A memory that counts for nothing is not read. No branch, so that the loads of all memories are under way at once. The condition
         # becomes an integer first: the interpreter cannot spread a comparison's result, and the compiler sees that it is one for all.
-        counts = tl.broadcast_to((v != 0).to(tl.int32), (BLOCK,)) != 0
-        if KINDS[c] == _SCALAR:
+        counts = tl.broadcast_to((v != 0).to(tl.int32), (SHAPE.BLOCK,)) != 0
+        if SHAPE.KINDS[c] == _SCALAR:
             m = tl.load(m_at)
         elif MASKED:
-            m = tl.load(m_at, mask=counts & (tl.arange(0, BLOCK) < valid), other=0)
+            m = tl.load(m_at, mask=counts & (tl.arange(0, SHAPE.BLOCK) < at[2]), other=0)
         else:
             m = tl.load(m_at, mask=counts, other=0)
-        new = tl.where(v == 0, new, new + v * m.to(tl.float64))
-    write(g_at, encode(new, g.dtype), valid, MASKED, BLOCK)
+        new = tl.where(v == 0, new, new + v * decode(m, tl.float64))
+    write_list(lists, at, 0, encode(new, g.dtype), SHAPE, MASKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def combine_kernel(
-    pointers: tl.tuple,
-    starts: tl.tuple,
-    tails: tl.tuple,
-    sizes: tl.tuple,
-    strides: tl.tuple,
-    coefficients: tl.tensor,
-    N: tl.constexpr,
-    KINDS: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def combine_kernel(lists: tl.tuple, coefficients: tl.tensor, N: tl.constexpr, SHAPE: tl.constexpr) -> None:
     """One block of one gradient: ``g <- g + sum_k v_k m_k``; the first list holds the gradients. N: a power of two >= the memories."""
     lane = tl.arange(0, N)
-    v = tl.load(coefficients + lane, mask=lane < len(KINDS) - 1, other=0)
+    v = tl.load(coefficients + lane, mask=lane < len(SHAPE.KINDS) - 1, other=0)
     if tl.max((v != 0).to(tl.int32), 0) != 0:
-        code, block, valid = place(starts, tails, T, BLOCK)
-        # fmt: off
-        if valid == BLOCK:
-            _combine(pointers, starts, sizes, strides, coefficients, block, code, valid, KINDS, T, D, BIAS, BLOCK, False)
+        at = here(lists, SHAPE)
+        if at[2] == SHAPE.BLOCK:
+            _combine(lists, at, coefficients, SHAPE, False)
         else:
-            _combine(pointers, starts, sizes, strides, coefficients, block, code, valid, KINDS, T, D, BIAS, BLOCK, True)
-        # fmt: on
+            _combine(lists, at, coefficients, SHAPE, True)
 
 
 def _device(lists: Lists) -> torch.device:
@@ -182,4 +152,4 @@ def _combine_planned(plan: Sequence[Launch], coefficients: Tensor) -> None:
     for launch in plan:
         size = triton.next_power_of_2(len(launch.columns) - 1)
         # Without contraction: v * m is rounded before it is added, as in the definition.
-        combine_kernel[launch.grid](*launch.joined, coefficients, N=size, **launch.constants, enable_fp_fusion=False)
+        combine_kernel[launch.grid](launch.lists, coefficients, N=size, **launch.options)

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +13,15 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
-
+from ahead_of_time import NVIDIA, approximate, argument_bytes, compiled, contracted, empty, keys, recorded, resources, vectors  # noqa: E402
 from fastcl.kernels import _lists, _moments, _products, importance, projection, soft_mask  # noqa: E402
 
 F64, F32, BF16, F16, U8 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-
-
-class Recorder:
-    """Stands in for a kernel: keeps its launches instead of running them."""
-
-    def __init__(self, kernel: Any, launches: list[Any]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    recorded: list[Any] = []
-    for module in (soft_mask, importance, _moments, _products, projection):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
-    return recorded
-
-
-def specialised(launch: Any, target: Any) -> Any:
-    """What Triton's own launcher would hand to the compiler for these arguments."""
-    kernel, args, options = launch
-    backend = make_backend(target)
-    bound, specialization, extra = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
-    packed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, extra)
-    return ASTSource(kernel, signature, constants, attributes), packed.__dict__
-
-
-def compiled(launch: Any, target: str) -> dict[str, str]:
-    source, options = specialised(launch, TARGETS[target])
-    assembly = triton.compile(source, target=TARGETS[target], options=options).asm
-    return {name: text for name, text in assembly.items() if isinstance(text, str)}
-
-
-def resources(launch: Any, target: str, path: Path) -> dict[str, int]:
-    """What the assembler gave to the kernel: registers (REG) and bytes of spills (STACK)."""
-    source, options = specialised(launch, TARGETS[target])
-    path.write_bytes(triton.compile(source, target=TARGETS[target], options=options).asm["cubin"])
-    said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", said)}
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return recorded([soft_mask, importance, _moments, _products, projection], monkeypatch.setattr)
 
 
 def run(op: str, dtype: torch.dtype, stored: torch.dtype, tensors: int = 1, small: tuple[int, ...] = (60, 100), heads: int = 1) -> None:
@@ -87,19 +34,6 @@ def run(op: str, dtype: torch.dtype, stored: torch.dtype, tensors: int = 1, smal
         importance.emax_(many((60, 100), stored), many(small, dtype))
     else:
         importance.spg_importance_(many((60, 100), stored), [many((60, 100), dtype) for _ in range(heads)])
-
-
-def vectors(ptx: str, instruction: str) -> bool:
-    """Whether whole blocks move 16 bytes per thread and instruction."""
-    return re.search(rf"\b{instruction}\.global\.v(4\.b32|2\.b64)\b", ptx) is not None
-
-
-def contracted(ptx: str) -> list[str]:
-    return re.findall(r"\bfma\.\S+", ptx)
-
-
-def approximate(ptx: str) -> list[str]:
-    return re.findall(r"\b(?:div\.(?:full|approx)|rcp\.approx|ex2\.approx)\S*", ptx)
 
 
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F32), (F32, U8), (BF16, U8)]
@@ -253,7 +187,7 @@ def test_lists_are_read_as_often_as_the_tiles_demand(launches: list[Any]) -> Non
     for count in (1, 2, 8, 9, 16, 17, 65):
         launches.clear()
         projection.gram(lists(count, F32))
-        reads = [len(options["KINDS"]) for kernel, _, options in launches if kernel.__name__ == "products_kernel"]
+        reads = [len(options["SHAPE"].KINDS) for kernel, _, options in launches if kernel.__name__ == "products_kernel"]
         assert sum(reads) == count * -(-count // projection.TILE)
     launches.clear()
     projection.project_(*lists(2, F32, tensors=64))
@@ -297,14 +231,8 @@ def test_a_launch_fits_the_4_kb_of_arguments(launches: list[Any]) -> None:
         grads, *memories = lists(1 + count, F32, (3, 4, 5, 6, 7), 9)
         memories = [[t.permute(4, 0, 3, 1, 2).contiguous().permute(1, 3, 4, 2, 0)[..., :] for t in m] for m in memories]
         projection.gem_project_([g[:, ::2, :, ::2, ::3] for g in grads], [[t[:, ::2, :, ::2, ::3] for t in m] for m in memories], 0, 0)
-    for kernel, args, _ in launches:
-        flat = [v for a in args for v in (a if isinstance(a, tuple) else (a,))]
-        size = sum(8 if isinstance(v, Tensor) or (isinstance(v, int) and abs(v) >= 1 << 31) else 4 for v in flat)
-        assert size <= 4096 - 64, kernel.__name__  # Triton appends pointers of its own
-
-
-def keys(launches: list[Any]) -> set[str]:
-    return {specialised(launch, TARGETS["sm_90"])[0].hash() for launch in launches}
+    for launch in launches:
+        assert argument_bytes(launch) <= 4096 - 64, launch[0].__name__  # Triton appends pointers of its own
 
 
 def test_another_model_compiles_nothing_new(launches: list[Any]) -> None:
@@ -340,5 +268,5 @@ def test_more_than_2_to_the_31_elements_are_planned() -> None:
     assert all(v < 1 << 31 for v in launch.starts + launch.tails)
     rows = torch.empty(3 << 20, 1 << 11, dtype=U8, device="meta")
     (launch,) = _lists.launches([rows], [torch.empty(3 << 20, 1, dtype=U8, device="meta")])
-    assert launch.constants["BIAS"] == _lists.WIDE_BIAS
+    assert launch.shape.BIAS == _lists.WIDE_BIAS
     assert all(v >= 1 << 31 for v in launch.sizes)

@@ -268,7 +268,7 @@ def test_without_violation_no_program_comes_to_the_elements(monkeypatch: pytest.
         raise LookupError("the elements were asked for")
 
     grads = normal([(5000,), (3,)], 0)
-    monkeypatch.setattr(projection, "place", touched)
+    monkeypatch.setattr(projection, "here", touched)
     projection.combine_(grads, [grads] * 3, torch.tensor([0.0, -0.0, 0.0], dtype=F64))
     with pytest.raises(Exception, match="the elements were asked for"):
         projection.combine_(grads, [grads] * 3, torch.tensor([0.0, 0.0, 1e-300], dtype=F64))
