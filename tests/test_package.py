@@ -120,8 +120,8 @@ class TestDocumentation:
 # Attributes that wait for the device, and functions that do when their argument is a tensor.
 SYNCS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
 CASTS = {"bool", "float", "int"}
-# The one cast there is: of a Python number, after tensors have been refused.
-PYTHON_NUMBERS = {("_checks.py", "float")}
+# The casts there are: of a Python number, after tensors have been refused.
+PYTHON_NUMBERS = {("_checks.py", "float"), ("_checks.py", "int")}
 
 
 def syncs(source: str, file: str) -> list[str]:

@@ -120,6 +120,12 @@ bool has_avx512() {
 
 FASTCL_CLONES int64_t count_bits(const uint8_t* bits, int64_t begin, int64_t end) {
   int64_t count = 0;
+  if (begin % 8 == 0)
+    for (const uint8_t* from = bits + (begin >> 3); begin + 64 <= end; begin += 64, from += 8) {
+      uint64_t word;
+      memcpy(&word, from, 8);
+      count += __builtin_popcountll(word);
+    }
   for (; begin < end; begin += 64) count += __builtin_popcountll(bits_at(bits, begin, std::min<int64_t>(64, end - begin)));
   return count;
 }
