@@ -124,7 +124,7 @@ def words(value: int, count: int) -> tuple[int, ...]:
 
 def number(value: float, double: bool) -> tuple[Any, ...]:
     """A number in the precision of computation, for ``_math.numeral``."""
-    return words(struct.unpack("<q", struct.pack("<d", value))[0], 4) if double else (float(value),)
+    return words(struct.unpack("<q", struct.pack("<d", value))[0], 4) if double else (value * 1.0,)
 
 
 def padded_capacity(count: int) -> int:
@@ -249,7 +249,7 @@ def launches(
 
 
 def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return encode([int(t.storage_offset()) for t in tensors], True) if tensors[0].is_meta else tensors
+    return encode([t.storage_offset() for t in tensors], True) if tensors[0].is_meta else tensors
 
 
 def _launch(

@@ -77,7 +77,9 @@ def dot_kernel(
 
 
 def _single(value: float) -> float:
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    single: float = rounded
+    return single
 
 
 def _rows(params: Sequence[Tensor], steps: Sequence[Tensor], scale: Tensor | None, found_inf: Tensor | None = None) -> Tensor:

@@ -530,9 +530,10 @@ def test_every_provider_of_an_optimizer_does_the_same_step(monkeypatch, name):
     assert not any(torch.equal(a, b) for a, b in zip(bare, before, strict=True))
     for params in others:
         for mine, reference in zip(params, others[0], strict=True):
-            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+            # A step is about 1e-3; Child-Tuning's order adds eps before the bias correction.
+            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
     if name != "AdamW":
-        assert any((a - b).abs().max() > 1e-5 for a, b in zip(bare, others[0], strict=True))
+        assert any((a - b).abs().max() > 1e-4 for a, b in zip(bare, others[0], strict=True))
 
 
 def test_the_childs_masks_keep_as_many_gradients_in_every_provider(monkeypatch):

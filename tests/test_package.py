@@ -121,7 +121,7 @@ class TestDocumentation:
 SYNCS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
 CASTS = {"bool", "float", "int"}
 # The casts there are: of a Python number, after tensors have been refused.
-PYTHON_NUMBERS = {("_checks.py", "float"), ("_checks.py", "int")}
+PYTHON_NUMBERS = {("_checks.py", "float"), ("_checks.py", "int"), ("gradients.py", "int")}
 
 
 def syncs(source: str, file: str) -> list[str]:
