@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import yardstick
 from fastcl import backends
-from fastcl.testing import CASES, SIZES, Args, clone, elements
+from fastcl.testing import CASES, SIZES, Args, clone, elements, optimizers
 
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "fp32": (torch.float32, torch.float32),
@@ -33,6 +33,7 @@ UNTRACED = {
     "bit_mask_": "its masks are unpacked in the first call and kept",
 }
 COMPILED = {("soft_mask_", "fp32"), ("project_", "fp32")}  # worth minutes: torch.compile is the peer to beat
+STEPPED = {case.name for case in optimizers.CASES}  # bench_optim times their whole steps
 MANY = 1000  # tensors: torch.compile unrolls a list, so its compile time grows with every one
 FEW = 200  # tensors
 COMPILE_LIMIT_S = 60  # but for COMPILED
@@ -66,7 +67,8 @@ def cells(ops: Sequence[str] = (), sizes: Sequence[str] = (), dtypes: Sequence[s
     """The cells of the named ops, sizes and dtypes. An empty list means all of them: of the dtypes with ``everything`` only, since the
     default run measures the narrow ones on the largest model alone, to stay within about six minutes on two cores.
     """
-    named = [Cell(o, s, d) for o in (ops or CASES) for s in (sizes or SIZES) for d in (dtypes or DTYPES)]
+    named_ops = ops or [name for name in CASES if name not in STEPPED]
+    named = [Cell(o, s, d) for o in named_ops for s in (sizes or SIZES) for d in (dtypes or DTYPES)]
     fitting = [c for c in named if (CASES[c.op].uint8 or DTYPES[c.dtype][1] != torch.uint8) and (c.op, c.size) not in TOO_LARGE]
     return [c for c in fitting if everything or dtypes or c.dtype == "fp32" or (c.size == LARGEST and (c.op, c.dtype) not in LONG)]
 

@@ -148,7 +148,7 @@ def _case(name: str, make: Callable[..., Args], extra: Callable[[int], int] = la
 
 CASES = (
     _case("adamw_", _adamw_args),
-    _case("adamw_soft_mask", _soft_args, lambda stored: stored, uint8=True),
-    _case("adamw_child_mask", _child_args),
-    _case("adamw_fixed_mask", _fixed_args),
+    _case("adamw_, soft mask", _soft_args, lambda stored: stored, uint8=True),
+    _case("adamw_, child mask", _child_args),
+    _case("adamw_, fixed mask", _fixed_args),
 )
