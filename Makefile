@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+FAMILIES := soft_mask importance projection child_mask bit_mask quantile pull optimizers
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
 
 help:
@@ -38,7 +39,7 @@ test: $(VENV)/.built
 	@echo "== tests"
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 	@echo "== the same op tests on the Triton kernels, in Triton's interpreter"
-	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" tests/test_soft_mask.py tests/test_importance.py tests/test_projection.py tests/test_child_mask.py tests/test_pull.py tests/test_quantile.py tests/test_bit_mask.py
+	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" $(FAMILIES:%=tests/test_%.py)
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest

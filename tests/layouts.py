@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STORED = [*FLOATING, torch.uint8]
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")  # a hundred times slower
 CHUNK = 16384  # of the CPU reductions
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -19,7 +21,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vector widths": [(63,), (64,), (65,), (127,), (129,)],
     "chunk edges": [(CHUNK - 1,), (CHUNK,), (CHUNK + 1,)],
     "mixed": [(0,), (5, 7), (), (3, 4, 5), (2, 3, 4, 5), (1,), (1000,)],
-    "tiny tensors": [(n % 7 + 1,) for n in range(400)],
+    "tiny tensors": [(n % 7 + 1,) for n in range(70 if INTERPRETED else 400)],
 }
 
 

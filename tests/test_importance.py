@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fastcl
 from fastcl import ops, reference
 from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
-from layouts import BROADCASTS, CHUNK, FLOATING, LAYOUTS, SHAPES, STORED, identical
+from layouts import BROADCASTS, CHUNK, FLOATING, INTERPRETED, LAYOUTS, SHAPES, STORED, identical
 
 SPG = CASES["spg_importance_"]
 
@@ -281,7 +281,7 @@ class TestSpg:
         dtype=st.sampled_from(FLOATING),
         stored=st.sampled_from(STORED),
     )
-    @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(max_examples=15 if INTERPRETED else 25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
     def test_any_list(self, device, sizes, heads, seed, dtype, stored):
         check_spg(*SPG.make([(n,) for n in sizes], dtype, stored, device, seed, heads=heads))
 
@@ -485,7 +485,7 @@ class TestFisher:
         weight=st.floats(0, 100),
         max_norm=st.none() | st.floats(1e-3, 1e3),
     )
-    @hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(max_examples=15 if INTERPRETED else 60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
     def test_any_list(self, device, drawn, layouts, weight, max_norm):
         fisher, grads = [], []
         for n, (shape, stored, dtype) in enumerate(drawn):

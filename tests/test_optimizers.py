@@ -18,7 +18,7 @@ from fastcl.ops.optimizers import transformed_dot
 from fastcl.reference import optimizers as definition
 from fastcl.testing import clone, gradients, importances, largest_error, unit_roundoff
 from fastcl.testing import optimizers as cases
-from layouts import BROADCASTS, FLOATING, LAYOUTS, SHAPES, STORED, identical
+from layouts import BROADCASTS, FLOATING, INTERPRETED, LAYOUTS, SHAPES, STORED, identical
 
 HYPER = {"lr": 0.03, "beta1": 0.9, "beta2": 0.99, "eps": 1e-7, "weight_decay": 0.1}
 MIXED = [(5, 7), (), (3, 4, 5), (0, 3), (1,), (129,)]
@@ -407,7 +407,7 @@ def test_compile_fullgraph(device):
     decay=st.sampled_from(["torch", "hf"]),
     seed=st.integers(0, 999),
 )
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=15 if INTERPRETED else 60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_call(device, shape, dtype, kinds, layout, lr, betas, decay, seed):
     shapes = [shape, (3,)]
     columns = state(shapes, dtype, device, seed)

@@ -11,7 +11,7 @@ from torch import nn
 import fastcl
 from fastcl import ops, reference
 from fastcl.testing import CASES, clone, gradients, importances, largest_error, unit_roundoff
-from layouts import BROADCASTS, FLOATING, LAYOUTS, SHAPES, STORED, identical
+from layouts import BROADCASTS, FLOATING, INTERPRETED, LAYOUTS, SHAPES, STORED, identical
 
 CASE = CASES["soft_mask_"]
 
@@ -198,7 +198,7 @@ def permuted(t, order):
 
 
 @hypothesis.given(drawn=st.lists(drawn_pairs(), max_size=3), seed=st.integers(0, 999))
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=15 if INTERPRETED else 60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_list(device, drawn, seed):
     torch.manual_seed(seed)
     grads, importance = [], []
