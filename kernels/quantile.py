@@ -61,7 +61,8 @@ def counts_kernel(
             stored = read_list(lists, at, 0, PART, False)
         else:
             stored = read_list(lists, at, 0, PART, True)
-        value = decode(stored, precision(stored.dtype, stored.dtype))
+        # Of an expanded tensor one element stands for all.
+        value = tl.broadcast_to(decode(stored, precision(stored.dtype, stored.dtype)), (PART.BLOCK,))
         exists = lane < count - done
         keys = _keys(value, WIDE)
         digits = ((keys >> BELOW) & ((1 << WIDTH) - 1)).to(tl.int32)
