@@ -298,6 +298,11 @@ class TestCompactState:
         with pytest.raises(ValueError, match=message):
             AdamW(p, transforms=transforms(p, children(p)), compact_state=True)
 
+    def test_eps_of_zero_would_divide_zero_by_zero(self):
+        p = parameters()
+        with pytest.raises(ValueError, match="eps must be above 0 with compact_state"):
+            AdamW(p, eps=0, transforms=[FixedMask(children(p))], compact_state=True)
+
     def test_masks_stay(self, device):
         p = parameters()
         fixed = FixedMask(children(p))

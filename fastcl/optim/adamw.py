@@ -38,7 +38,7 @@ class AdamW(Swept):
         params: parameters, named parameters, or groups of them, as in torch.optim.
         lr: number >= 0, or a float tensor of one element, which is read on the device and not rounded to the parameters' type.
         betas: two numbers in [0, 1).
-        eps: number >= 0.
+        eps: number >= 0; above 0 with ``compact_state``.
         weight_decay: number >= 0.
         decay: "torch", or "hf" for the order of transformers' former AdamW, which Child-Tuning's authors use.
         transforms: of :mod:`fastcl.optim`, applied in their order to the gradient after unscaling and clipping; ``maximize`` comes last.
@@ -92,6 +92,8 @@ class AdamW(Swept):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group, eps="epsilon value", weight_decay="weight_decay value")
+        if self.compact_state and group["eps"] == 0:
+            raise ValueError("eps must be above 0 with compact_state; 0 gives 0/0 outside of the masks, where whole moments stay zero")
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(b, Tensor) for b in betas):
             raise TypeError("betas must be a pair of numbers")
