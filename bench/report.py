@@ -1,7 +1,8 @@
 """Write the README's benchmark sections and the plots from bench/results/*.json; no number is typed by hand.
 
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
-``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:methods`` is made of
+``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:finetune`` likewise shows
+docs/finetune_bert of examples/finetune_bert.py; ``bench:methods`` is made of
 bench/results/methods.json, from ``python -m bench.methods``.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
@@ -12,6 +13,7 @@ import argparse
 import csv
 import json
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from bench.tables import number, table
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
 DEMO = machine.ROOT / "docs" / "demo"
+FINETUNED = machine.ROOT / "docs" / "finetune_bert"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
 NOTHING: dict[str, Any] = {"streams": []}
@@ -191,6 +194,28 @@ def demo(folder: Path = DEMO) -> str:
     )
 
 
+def finetune(folder: Path = FINETUNED) -> str:
+    """The example's table and plot, from what it wrote."""
+    if not (folder / "results.json").is_file():
+        return NONE
+    found = json.loads((folder / "results.json").read_text())
+    rows = []
+    for method, setting in found["settings"].items():
+        runs = [r for r in found["runs"] if r["method"] == method]
+
+        def spread(name: str, scale: float, digits: int, runs: Sequence[Mapping[str, float]] = runs) -> str:
+            values = [scale * r[name] for r in runs]
+            return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+        shown = [spread("accuracy", 100, 1), spread("loss_before", 1, 2), spread("loss_after", 1, 2), spread("forgetting", 1, 3)]
+        rows.append([method, f"{setting['lr']:g}", f"{setting['keep']:g}", *shown])
+    head = ("method", "lr", "keep", "test accuracy, %", "masked-LM loss before", "after", "forgetting")
+    seeds = len({r["seed"] for r in found["runs"]})
+    samples = found["samples"]
+    note = f"Mean ± standard deviation over {seeds} seeds; {samples['train']} training and {samples['test']} test samples."
+    return "\n\n".join([note, table(head, rows, text=range(1)), "![accuracy against forgetting](docs/finetune_bert/results.png)"])
+
+
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results of ops by device name."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
@@ -211,6 +236,7 @@ def sections(results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any
         "cpu": section(results["cpu"]) if "cpu" in results else NONE,
         "gpu": "\n\n".join(section(r) for r in gpus) if gpus else NONE,
         "demo": demo(),
+        "finetune": finetune(),
         "methods": methods_report.section(trained) if trained else NONE,
     }
 
