@@ -39,8 +39,8 @@ def outside_graphs(function: F) -> F:
     disabled = _disable_dynamo(function)
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        return (disabled if torch.compiler.is_compiling() else function)(*args)
+    def call(*args: Any, **keywords: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **keywords)
 
     return cast(F, call)
 
