@@ -4,14 +4,12 @@ from fastcl.reference.bit_mask import bit_mask_
 from fastcl.reference.child_mask import child_mask_
 from fastcl.reference.gradients import child_mask_gradients_, mask_gradients_
 from fastcl.reference.importance import emax_, fisher_add_, spg_importance_
-from fastcl.reference.optimizers import adamw_, sgd_
 from fastcl.reference.projection import gem_project_, grad_dot, gram, project_
 from fastcl.reference.pull import ewc_pull_
 from fastcl.reference.quantile import quantile
 from fastcl.reference.soft_mask import soft_mask_
 
 __all__ = [
-    "adamw_",
     "bit_mask_",
     "child_mask_",
     "child_mask_gradients_",
@@ -24,7 +22,6 @@ __all__ = [
     "mask_gradients_",
     "project_",
     "quantile",
-    "sgd_",
     "soft_mask_",
     "spg_importance_",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl import ops, reference
+from fastcl import ops
 from fastcl.bit_mask import BitMask
+from fastcl.reference import optimizers as definition
 from fastcl.testing._case import Args, OpCase, Shape
 from fastcl.testing._inputs import decode, gradients, importances
 
@@ -63,7 +64,7 @@ def _reference(*args: Any) -> None:
     params, grads, moments, squares, steps, *rest = args
     transforms, compact = (*rest, None)[:2] if rest else ((), None)
     numbers = (LR, BETA1, BETA2, EPS, DECAY, False, False)
-    reference.adamw_(params, grads, moments, squares, steps, transforms, None, compact, None, None, *numbers)
+    definition.adamw_(params, grads, moments, squares, steps, transforms, None, compact, None, None, *numbers)
 
 
 def _masked(transforms: Any, g: Tensor, n: int) -> Tensor:
@@ -142,6 +143,7 @@ def _case(name: str, make: Callable[..., Args], extra: Callable[[int], int] = la
         bytes_per_element=lambda gradient, other: 3 * gradient + 16 + extra(other),
         bitwise=True,
         uint8=uint8,
+        pairs=uint8,
         traces=False,
     )
 

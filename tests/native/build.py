@@ -41,14 +41,18 @@ def compiler() -> str:
 
 
 def runtime(variant: str) -> str | None:
-    """The sanitizer's runtime, which must be loaded before Python."""
+    """The libraries to preload: the sanitizer's runtime, and the one whose exceptions it has to find when it starts."""
     name = RUNTIMES.get(variant)
     if name is None:
         return None
-    path = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(path).is_absolute():
+    paths = [_library(name), _library("libstdc++.so.6")]
+    if not Path(paths[0]).is_absolute():
         raise CannotBuild(f"{compiler()} has no {name}; install its sanitizer runtimes")
-    return path
+    return ":".join(paths)
+
+
+def _library(name: str) -> str:
+    return subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _key(flags: list[str]) -> str:
