@@ -13,9 +13,9 @@ from torch import Tensor
 _ONES = 0x0101010101010101
 
 
-def bit_mask_(grads: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+def bit_mask_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """``g <- g`` where the bit is set, else ``+0``; see :func:`fastcl.ops.bit_mask_`."""
-    for g, b in zip(grads, bits, strict=True):
+    for g, b in zip(grads, masks, strict=True):
         g.masked_fill_(~unpack(b, g.numel()).view(g.shape), 0)
 
 
