@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -132,11 +133,27 @@ def test_which_names_compete(competing):
 
 def test_a_threshold_of_zero_keeps_everything():
     """As documented: a parameter that no pass uses competes here."""
-    _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.8)
+    with pytest.warns(UserWarning, match=r"threshold is 0, which keeps every element, since more than 1 - keep = 0\.2 of") as given:
+        _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.8)
+    assert [w.filename for w in given] == [__file__]
     assert child.masks["unused"].count() == 3
     assert child.masks["head.bias"].count() == 4
-    _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.4)
+        build("D", competing=lambda name: name in ("unused", "head.bias"), keep=1.0)
     assert child.masks["unused"].count() == 0
+
+
+def test_a_parameter_that_was_frozen_later_may_not_compete():
+    model, child = build("D")
+    before = child.state_dict()["masks"]
+    model.embedding.requires_grad_(False)
+    child.start_task(batches(0), loss_fn)  # it does not compete
+    model.layer[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\('layer\.0\.weight'\): a competing parameter was frozen"):
+        child.start_task(batches(0), loss_fn)
+    assert child.state_dict()["masks"].keys() == before.keys()
 
 
 def test_f_masks_every_parameter_anew_in_every_step():
