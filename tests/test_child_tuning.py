@@ -131,6 +131,26 @@ def test_which_names_compete(competing):
     assert not torch.equal(model.head.weight.grad, before["head.weight"])
 
 
+def test_fs_transform_counts_each_parameters_own_steps():
+    """As documented: with a gradient missing in one step, its draws and after_backward's are no longer the same."""
+    weights = []
+    for fused in (True, False):
+        model = make(Encoder)
+        child = ChildTuning(model, "F", keep=0.5)
+        optimizer = optim.SGD(model.parameters(), lr=0.1, transforms=child.transforms() if fused else ())
+        for step in range(2):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            if not step:
+                model.head.weight.grad = None
+            if not fused:
+                child.after_backward()
+            optimizer.step()
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    differing = {n for n, w in weights[0].items() if not torch.equal(w, weights[1][n])}
+    assert differing == {"head.weight"}
+
+
 def test_a_threshold_of_zero_keeps_everything():
     """As documented: a parameter that no pass uses competes here."""
     with pytest.warns(UserWarning, match=r"threshold is 0, which keeps every element, since more than 1 - keep = 0\.2 of") as given:
@@ -321,7 +341,8 @@ def test_what_is_refused():
     for variant, options, error, message in [
         ("f", {}, ValueError, "variant must be 'F' or 'D', got 'f'"),
         ("F", {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0"),
-        ("F", {"keep": 1.5}, ValueError, r"keep must be in \[0, 1\], got 1.5"),
+        ("F", {"keep": -0.1}, ValueError, r"keep must be in \(0, 1\], got -0.1"),
+        ("F", {"keep": 1.5}, ValueError, r"keep must be in \(0, 1\], got 1.5"),
         ("F", {"keep": float("nan")}, ValueError, "keep must be"),
         ("F", {"keep": "0.3"}, TypeError, "keep must be"),
         ("F", {"seed": 2**64}, ValueError, r"seed must be a whole number from 0 that is below 2\*\*64"),

@@ -17,7 +17,7 @@ from fastcl.methods._model import Slot, check_unchanged, some, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded
-from fastcl.ops._checks import at_least_zero, unit_interval
+from fastcl.ops._checks import at_least_zero, positive
 
 Names: TypeAlias = str | Callable[[str], bool]
 AUTHORS_NAMES = "layer"
@@ -61,6 +61,9 @@ class ChildTuning(Method):
     With an optimizer of :mod:`fastcl.optim` the mask costs no sweep of its own: no ``after_backward``, and after ``start_task``
     ``AdamW(model.parameters(), transforms=child.transforms())``.
 
+    The state holds what changes (tasks, F's step, D's masks) and the variant, not the settings ``keep``, ``seed`` and ``max_norm``:
+    ``load_state_dict`` takes the state of other settings and goes on with this object's.
+
     Args:
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Modules may not be
             replaced, added or unfrozen afterwards, nor competing parameters frozen (:meth:`start_task` checks it). With several processes
@@ -99,9 +102,7 @@ class ChildTuning(Method):
             raise ValueError(f"variant must be 'F' or 'D', got {variant!r}")
         if not isinstance(mask_first_task, bool):
             raise TypeError(f"mask_first_task must be True or False, got {type(mask_first_task).__name__}")
-        self._keep, self._seed = unit_interval("keep", keep), whole_below("seed", seed, 2**64)
-        if not self._keep:
-            raise ValueError("keep must be in (0, 1], got 0: nothing would be trained")
+        self._keep, self._seed = positive("keep", keep, 1), whole_below("seed", seed, 2**64)
         self._max_norm = None if max_norm is None else at_least_zero("max_norm", max_norm)
         if self._max_norm == 0:
             raise ValueError("max_norm must be above 0, or None for no clipping; got 0")
@@ -214,8 +215,10 @@ class ChildTuning(Method):
     def transforms(self) -> tuple[Any, ...]:
         """The mask as a transform for an optimizer of :mod:`fastcl.optim` over this model's parameters, instead of :meth:`after_backward`.
 
-        D's belongs to the present task. F's draws are numbered by the optimizer's own steps and by the positions of its parameters: they
-        are :meth:`after_backward`'s if the optimizer is new and was given ``model.parameters()``. Empty where nothing is masked.
+        D's belongs to the present task. F's draws are numbered by each parameter's own steps in the optimizer and by its position there;
+        :meth:`after_backward` counts its calls. They are the same for a new optimizer that was given ``model.parameters()``, as long as
+        every parameter has a gradient in every step and no step is skipped (as a ``torch.amp.GradScaler`` skips those with an Inf).
+        Empty where nothing is masked.
 
         Raises:
             RuntimeError: D, and :meth:`start_task` has not been called for this task.
