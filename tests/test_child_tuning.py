@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -130,13 +131,49 @@ def test_which_names_compete(competing):
     assert not torch.equal(model.head.weight.grad, before["head.weight"])
 
 
+def test_fs_transform_counts_each_parameters_own_steps():
+    """As documented: with a gradient missing in one step, its draws and after_backward's are no longer the same."""
+    weights = []
+    for fused in (True, False):
+        model = make(Encoder)
+        child = ChildTuning(model, "F", keep=0.5)
+        optimizer = optim.SGD(model.parameters(), lr=0.1, transforms=child.transforms() if fused else ())
+        for step in range(2):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            if not step:
+                model.head.weight.grad = None
+            if not fused:
+                child.after_backward()
+            optimizer.step()
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    differing = {n for n, w in weights[0].items() if not torch.equal(w, weights[1][n])}
+    assert differing == {"head.weight"}
+
+
 def test_a_threshold_of_zero_keeps_everything():
     """As documented: a parameter that no pass uses competes here."""
-    _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.8)
+    with pytest.warns(UserWarning, match=r"threshold is 0, which keeps every element, since more than 1 - keep = 0\.2 of") as given:
+        _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.8)
+    assert [w.filename for w in given] == [__file__]
     assert child.masks["unused"].count() == 3
     assert child.masks["head.bias"].count() == 4
-    _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, child = build("D", competing=lambda name: name in ("unused", "head.bias"), keep=0.4)
+        build("D", competing=lambda name: name in ("unused", "head.bias"), keep=1.0)
     assert child.masks["unused"].count() == 0
+
+
+def test_a_parameter_that_was_frozen_later_may_not_compete():
+    model, child = build("D")
+    before = child.state_dict()["masks"]
+    model.embedding.requires_grad_(False)
+    child.start_task(batches(0), loss_fn)  # it does not compete
+    model.layer[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\('layer\.0\.weight'\): a competing parameter was frozen"):
+        child.start_task(batches(0), loss_fn)
+    assert child.state_dict()["masks"].keys() == before.keys()
 
 
 def test_f_masks_every_parameter_anew_in_every_step():
@@ -304,7 +341,8 @@ def test_what_is_refused():
     for variant, options, error, message in [
         ("f", {}, ValueError, "variant must be 'F' or 'D', got 'f'"),
         ("F", {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0"),
-        ("F", {"keep": 1.5}, ValueError, r"keep must be in \[0, 1\], got 1.5"),
+        ("F", {"keep": -0.1}, ValueError, r"keep must be in \(0, 1\], got -0.1"),
+        ("F", {"keep": 1.5}, ValueError, r"keep must be in \(0, 1\], got 1.5"),
         ("F", {"keep": float("nan")}, ValueError, "keep must be"),
         ("F", {"keep": "0.3"}, TypeError, "keep must be"),
         ("F", {"seed": 2**64}, ValueError, r"seed must be a whole number from 0 that is below 2\*\*64"),

@@ -185,6 +185,36 @@ class TestRun:
         assert (status, err) == (2, "fastcl run: Missing option '--out'.\n")
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
+    @pytest.mark.parametrize(
+        ("backend", "said"),
+        [
+            ("cuda", "FASTCL_BACKEND: the backend 'cuda' was asked for and cannot serve"),
+            ("bogus", "FASTCL_BACKEND is 'bogus'; accepted are"),
+        ],
+    )
+    def test_a_backend_that_cannot_serve(self, capsys, tmp_path, monkeypatch, backend, said) -> None:
+        monkeypatch.setenv("FASTCL_BACKEND", backend)
+        status, out, err = fastcl(capsys, "run", *SMALL, "--device", "cpu", "--out", tmp_path / "new")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"fastcl run: {said}")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("options", "where", "hint"),
+        [
+            (["--method", "ewc", "--strength", "1e30"], "ewc, seed 3, task 1: the logits have a NaN", "Try a smaller --strength or --lr"),
+            (["--method", "child-tuning-d", "--lr", "1e30"], "child-tuning-d, seed 3, task 1: the gradient of", "Try a smaller --lr"),
+        ],
+    )
+    def test_a_diverged_training_is_no_usage_error(self, capsys, tmp_path, options, where, hint) -> None:
+        status, out, err = fastcl(capsys, "run", *SMALL, *options, "--first-seed", "3", "--out", tmp_path / "x")
+        assert (status, out) == (1, "")
+        lines = [line for line in err.splitlines() if line.startswith("fastcl run: ")]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"fastcl run: {where}")
+        assert lines[0].endswith(hint)
+        assert (tmp_path / "x/seed3/checkpoint.pt").exists()
+
     def test_data_that_is_not_there(self, capsys, tmp_path) -> None:
         options = ["--stream", "split-mnist", "--root", tmp_path / "none"]
         status, _, err = fastcl(capsys, "run", *options, "--out", tmp_path / "x")

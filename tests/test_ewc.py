@@ -330,6 +330,8 @@ def failing():
     ("loader", "error", "message"),
     [
         (list, ValueError, "loader gave no batch"),
+        (lambda: None, TypeError, "loader must be an iterable of batches .*, got NoneType"),
+        (lambda: 5, TypeError, "loader must be an iterable of batches .*, got int"),
         (lambda: [*batches(2), batches(2)[0][0]], TypeError, "pairs"),
         (failing, OSError, "disk"),
         (lambda: [(torch.full((2, 5), torch.nan).double(), torch.zeros(2).long())], ValueError, "NaN or an Inf"),

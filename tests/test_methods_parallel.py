@@ -1,5 +1,6 @@
 """Methods on two ranks: the same as one process with all the data."""
 
+import datetime
 from typing import NamedTuple
 
 import pytest
@@ -151,6 +152,34 @@ def test_fisher_information_and_masks_on_two_ranks(how, tmp_path, monkeypatch):
         if name != "F":  # whose masks are numbered by the optimizer's steps, and a new one begins with 0
             assert torch.equal(seen[-1], seen[-2])
     assert len({tuple(t.tolist()) for t in seen}) == len(FISHER) + 1
+
+
+def diverging_rank(rank, folder, how):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=20)  # a rank that waits for one that has raised
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
+    try:
+        said = {}
+        for labels in ("model", "true"):
+            ewc = EWC(wrapped(how), labels=labels)
+            loader = [(x.clone(), y) for x, y in batches(0, sizes=(4, 4, 4))]
+            loader[1][0][2, 3] = torch.nan if rank else 0.0
+            with pytest.raises(ValueError, match="NaN or an Inf") as raised:
+                ewc.end_task(loader, loss_fn)
+            ewc.end_task(batches(0), loss_fn)  # the ranks are still in step
+            said[labels] = (str(raised.value), ewc.tasks_seen)
+        torch.save(said, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_is_the_same_error_on_both(how, tmp_path):
+    torch.multiprocessing.spawn(diverging_rank, args=(str(tmp_path), how), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    assert first["model"] == ("the logits have a NaN or an Inf, so no label can be drawn: the training has diverged", 1)
+    assert first["true"][1] == 1
 
 
 def test_ranks_draw_labels_of_their_own():

@@ -15,12 +15,12 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from fastcl import cli
+from fastcl import BackendUnavailable, cli
 from fastcl.experiment.compare import DEFINITIONS, Group, Run, compare, load_run, mean_matrix, told_apart, write_csv
 from fastcl.experiment.config import FIELDS, Config
 from fastcl.experiment.folder import read_config
 from fastcl.experiment.learners import METHODS
-from fastcl.experiment.runner import Progress, run
+from fastcl.experiment.runner import Progress, TrainingError, run
 from fastcl.experiment.tables import comparison_table, matrix_table
 
 USAGE, FAILED, INTERRUPTED = 2, 1, cli.INTERRUPTED
@@ -146,7 +146,9 @@ def run_command(
         raise Mistake(str(error), FAILED) from error
     except ValueError as error:
         raise Mistake(_as_option(str(error))) from error
-    except OSError as error:
+    except BackendUnavailable as error:
+        raise Mistake(f"FASTCL_BACKEND: {error}") from error
+    except (OSError, TrainingError) as error:
         raise Mistake(str(error), FAILED) from error
     finally:
         bars.close()

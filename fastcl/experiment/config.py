@@ -92,7 +92,7 @@ class Config:
     margin: float | None = _option("least coefficient of every memory in a projection", _FROM_0)
     ridge: float | None = _option("added to the diagonal of the memories' Gram matrix", _FROM_0)
     strength: float | None = _option("spg: how much of the importance protects, from 0 to 1; ewc: of the pull, from 0", _FROM_0)
-    gamma: float | None = _option("what is left of the past's Fisher information after another task", _UNIT)
+    gamma: float | None = _option("what is left of the past's Fisher information after another task; 1 fades nothing", _UNIT)
     child: float | None = _option(
         "fraction of the elements that a child network keeps", ("a number in (0, 1]", lambda v: _number(v) and 0 < v <= 1)
     )

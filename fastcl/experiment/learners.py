@@ -123,7 +123,7 @@ METHODS: dict[str, Row] = {
     "replay": Row("experience replay", _MEMORY | {"weight": 1.0}, _replay),
     "spg": Row("soft-masking of gradients, defined for task-incremental learning", {"strength": 1.0}, _spg, _end_with_loss),
     "ewc": Row("EWC, a quadratic pull weighted by the Fisher information", {"strength": 20.0}, _ewc),
-    "ewc-online": Row("EWC whose past fades by gamma", {"strength": 20.0, "gamma": 1.0}, _ewc),
+    "ewc-online": Row("EWC whose past fades by gamma at every task's end (1.0: not at all)", {"strength": 20.0, "gamma": 0.9}, _ewc),
     "child-tuning-f": Row(
         "from the second task on, a child network drawn anew in every step", {"child": 0.3}, functools.partial(_child_tuning, "F")
     ),

@@ -23,6 +23,10 @@ from fastcl.metrics import AccuracyMatrix
 FORMAT, VERSION = "fastcl.result", 1
 
 
+class TrainingError(RuntimeError):
+    """The training cannot go on: it has diverged. What was saved before stays."""
+
+
 class Progress:
     """What the runner tells while it works; this one keeps silent. Subclasses show it."""
 
@@ -86,11 +90,14 @@ def run(config: Config, folder: str | Path, *, force: bool = False, progress: Pr
         ValueError: settings that do not fit the stream, a damaged file in the folder.
         FileNotFoundError: the stream's data set is not on this machine.
         ImportError: a package that the stream needs.
+        BackendUnavailable: ``FASTCL_BACKEND`` names a backend that cannot serve the device.
+        TrainingError: the training has diverged; the message names method, seed and task.
 
-    Nothing has been written if the configuration is at fault.
+    Nothing has been written if the configuration or ``FASTCL_BACKEND`` is at fault.
     """
     told = progress or Progress()
     tasks_of(config, config.first_seed)
+    environment(config)  # raises if the backend that FASTCL_BACKEND names cannot serve
     with _settings_of_torch(config), opened(Path(folder), config, force=force):
         return [_train(config, seed, seed_folder(Path(folder), seed), told) for seed in config.all_seeds()]
 
@@ -140,7 +147,12 @@ def _train(config: Config, seed: int, folder: Path, told: Progress) -> Result:
             environments = state["environments"]
     told.begin(config, seed, training.stages, training.done)
     while training.done < training.stages:
-        accuracies = training.stage(told.epoch)
+        try:
+            accuracies = training.stage(told.epoch)
+        except ValueError as error:  # the settings have been checked: what a method refuses now is what the training has become
+            levers = "a smaller --strength or --lr" if config.strength is not None else "a smaller --lr"
+            where = "all tasks at once" if training.row.at_once else f"task {training.done}"
+            raise TrainingError(f"{config.method}, seed {seed}, {where}: {error}. Try {levers}") from error
         save_state(checkpoint, {**of, "training": training.state_dict(), "environments": environments})
         told.task(training.done - 1, accuracies)
     result = Result(seed, training.rows(), training.baseline, training.steps, training.seconds, training.seconds_at_ends, environments)

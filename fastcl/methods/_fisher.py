@@ -42,14 +42,23 @@ def of_drawn_labels(model: nn.Module, slots: Sequence[Slot], loader: Batches, lo
     # Ranks that drew the same numbers would make their samples' gradients dependent.
     drawn = hashlib.sha256(f"{seed} {parallel.rank}".encode()).digest()
     generator = torch.Generator(gathered.device).manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
-    samples = 0
+    samples = diverged = 0
     for x, _ in usable_batches(loader, gathered.device):
         logits = _rows(_logits(logits_of(x)))
-        with torch.no_grad():
-            labels = torch.multinomial(logits.double().softmax(1), 1, generator=generator)[:, 0]
+        if bool(logits.isfinite().all()):
+            with torch.no_grad():
+                labels = torch.multinomial(logits.double().softmax(1), 1, generator=generator)[:, 0]
+        else:
+            diverged += 1
+            if parallel.size == 1:
+                break
+            # The other ranks wait in this batch's collectives, and in those of the batches to come: any label does until all can stop.
+            labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         # The sum over this rank's samples: what arrives is the sum over all ranks' samples over the number of ranks.
         gathered.add(gradients(cross_entropy(logits, labels, reduction="sum")), weight=parallel.size**2)
         samples += len(logits)
+    if parallel.total(diverged):
+        raise ValueError("the logits have a NaN or an Inf, so no label can be drawn: the training has diverged")
     return gathered.mean(parallel.total(samples))
 
 
@@ -97,6 +106,4 @@ def _rows(logits: Tensor) -> Tensor:
         raise ValueError(
             f"labels are drawn for logits of shape [samples, classes]; forward gave {tuple(logits.shape)}: let it flatten what comes first"
         )
-    if not bool(logits.isfinite().all()):
-        raise ValueError("the logits have a NaN or an Inf, so no label can be drawn: the training has diverged")
     return logits

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fastcl import BitMask, apply_gradient_mask_, child_mask_gradients_, top_fraction_mask
+from fastcl import BitMask, apply_gradient_mask_, child_mask_gradients_, ops, top_fraction_mask
 from fastcl.methods import _distributed, _fisher
 from fastcl.methods._arguments import checked_forward, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
@@ -16,7 +17,7 @@ from fastcl.methods._model import Slot, check_unchanged, some, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded
-from fastcl.ops._checks import at_least_zero, unit_interval
+from fastcl.ops._checks import at_least_zero, positive
 
 Names: TypeAlias = str | Callable[[str], bool]
 AUTHORS_NAMES = "layer"
@@ -40,9 +41,10 @@ class ChildTuning(Method):
 
       Only parameters whose name competes are masked; all others (the authors': embeddings, pooler, classifier) are always trained.
 
-    Weight decay acts outside the child as well, as with the authors. A threshold of 0 keeps everything: it occurs when more than
-    ``1 - keep`` of the elements that compete have no gradient, as unused layers do; let these not compete. Two differences to the authors'
-    code remain with torch's AdamW, whose decay comes before the step; ``fastcl.optim.AdamW(decay="hf")`` has their order.
+    Weight decay acts outside the child as well, as with the authors. A threshold of 0 keeps everything, and :meth:`start_task` warns: it
+    occurs when more than ``1 - keep`` of the elements that compete have no gradient, as unused layers do; let these not compete. Two
+    differences to the authors' code remain with torch's AdamW, whose decay comes before the step; ``fastcl.optim.AdamW(decay="hf")`` has
+    their order.
 
     Example::
 
@@ -59,9 +61,13 @@ class ChildTuning(Method):
     With an optimizer of :mod:`fastcl.optim` the mask costs no sweep of its own: no ``after_backward``, and after ``start_task``
     ``AdamW(model.parameters(), transforms=child.transforms())``.
 
+    The state holds what changes (tasks, F's step, D's masks) and the variant, not the settings ``keep``, ``seed`` and ``max_norm``:
+    ``load_state_dict`` takes the state of other settings and goes on with this object's.
+
     Args:
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Modules may not be
-            replaced, added or unfrozen afterwards (:meth:`start_task` checks it). With several processes every rank calls every method.
+            replaced, added or unfrozen afterwards, nor competing parameters frozen (:meth:`start_task` checks it). With several processes
+            every rank calls every method.
         variant: ``"F"`` or ``"D"``.
         keep: the fraction that is kept, the authors' ``reserve_p``: number in (0, 1].
         seed: of F's draws: whole number in [0, 2^64).
@@ -96,9 +102,7 @@ class ChildTuning(Method):
             raise ValueError(f"variant must be 'F' or 'D', got {variant!r}")
         if not isinstance(mask_first_task, bool):
             raise TypeError(f"mask_first_task must be True or False, got {type(mask_first_task).__name__}")
-        self._keep, self._seed = unit_interval("keep", keep), whole_below("seed", seed, 2**64)
-        if not self._keep:
-            raise ValueError("keep must be in (0, 1], got 0: nothing would be trained")
+        self._keep, self._seed = positive("keep", keep, 1), whole_below("seed", seed, 2**64)
         self._max_norm = None if max_norm is None else at_least_zero("max_norm", max_norm)
         if self._max_norm == 0:
             raise ValueError("max_norm must be above 0, or None for no clipping; got 0")
@@ -140,7 +144,9 @@ class ChildTuning(Method):
         Raises:
             TypeError: no ``loss_fn``, a loader that cannot be iterated or whose batches are no pairs; a loss that is no tensor.
             ValueError: a loader without a batch, a loss of more than one element or without a gradient, a NaN or Inf in the gradients, a
-                model that has changed.
+                model that has changed, a competing parameter that has been frozen.
+
+        Warns (UserWarning) if the threshold is 0 with ``keep`` below 1, so that every element is kept.
         """
         if self._variant == "F" or not self._active:
             return
@@ -150,6 +156,7 @@ class ChildTuning(Method):
             raise TypeError(f"loader must be an iterable of batches (x, y), got {type(loader).__name__}")
         _distributed.prepare(self._model)
         check_unchanged(_distributed.unwrapped(self._model), self._slots)
+        self._check_none_frozen()
         task = self.tasks_seen
 
         def logits_of(x: Any) -> Tensor:
@@ -158,7 +165,22 @@ class ChildTuning(Method):
         with training_passes(self._model):
             fisher = _fisher.of_batches(self._model, self._competing, loader, logits_of, loss_fn, self._max_norm)
         _distributed.prepare(self._model)
-        self._masks = top_fraction_mask(fisher, self._keep)
+        masks = top_fraction_mask(fisher, self._keep)
+        if self._keep < 1 and not bool(ops.quantile(fisher, (100 * (1 - self._keep)) / 100)):  # top_fraction_mask's own threshold
+            warnings.warn(
+                f"the child network is the whole model: the threshold is 0, which keeps every element, since more than 1 - keep = "
+                f"{1 - self._keep:g} of the elements that compete have no gradient in this loader; let unused layers not compete",
+                stacklevel=2,
+            )
+        self._masks = masks
+
+    def _check_none_frozen(self) -> None:
+        frozen = [slot.name for slot in self._competing if not slot.parameter().requires_grad]
+        if frozen:
+            # Their Fisher information would be 0, which moves the threshold of all others.
+            raise ValueError(
+                f"the model has changed since the method was built ({some(frozen)}): a competing parameter was frozen; build it anew"
+            )
 
     def after_backward(self, *, scaler: Scaler | None = None) -> None:  # noqa: ARG002 (a mask is the same at any scale)
         """Mask the gradients; call it once between the last ``backward()`` and the optimizer's step, after any clipping of their norm.
@@ -193,8 +215,10 @@ class ChildTuning(Method):
     def transforms(self) -> tuple[Any, ...]:
         """The mask as a transform for an optimizer of :mod:`fastcl.optim` over this model's parameters, instead of :meth:`after_backward`.
 
-        D's belongs to the present task. F's draws are numbered by the optimizer's own steps and by the positions of its parameters: they
-        are :meth:`after_backward`'s if the optimizer is new and was given ``model.parameters()``. Empty where nothing is masked.
+        D's belongs to the present task. F's draws are numbered by each parameter's own steps in the optimizer and by its position there;
+        :meth:`after_backward` counts its calls. They are the same for a new optimizer that was given ``model.parameters()``, as long as
+        every parameter has a gradient in every step and no step is skipped (as a ``torch.amp.GradScaler`` skips those with an Inf).
+        Empty where nothing is masked.
 
         Raises:
             RuntimeError: D, and :meth:`start_task` has not been called for this task.

@@ -66,6 +66,9 @@ class EWC(Method):
     With an optimizer of :mod:`fastcl.optim` the pull costs no sweep of its own: no ``after_backward``, and
     ``SGD(model.parameters(), lr, transforms=ewc.transforms())``.
 
+    The state holds what changes (tasks, ``A`` and ``c``), not the settings ``strength``, ``gamma``, ``labels`` and ``seed``:
+    ``load_state_dict`` takes the state of other settings, the offline form's for the online form included, and goes on with this object's.
+
     Args:
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` (FSDP2) or neither. Every parameter that
             requires grad is pulled. Modules may not be replaced, added or unfrozen afterwards (:meth:`end_task` checks it). With several
@@ -178,11 +181,14 @@ class EWC(Method):
                 cross-entropy with the drawn labels; neither ``loss_fn`` nor ``y`` is used.
 
         Raises:
-            TypeError: no ``loss_fn`` where one is needed; a loader whose batches are no pairs, or with ``labels="true"`` no pairs of
-                tensors; a loss that is no tensor; parameters that are sharded otherwise than by ``fully_shard``.
+            TypeError: no ``loss_fn`` where one is needed; a loader that cannot be iterated or whose batches are no pairs, or with
+                ``labels="true"`` no pairs of tensors; a loss that is no tensor; parameters that are sharded otherwise than by
+                ``fully_shard``.
             ValueError: a loader without a batch, logits of another shape, a loss of more than one element or without a gradient, a NaN
                 or Inf in the gradients, a model that has changed.
         """
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"loader must be an iterable of batches (x, y), got {type(loader).__name__}")
         if self._labels == "true" and not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (logits, y) -> mean loss with labels='true', got {type(loss_fn).__name__}")
         _distributed.prepare(self._model)
