@@ -331,3 +331,21 @@ class TestCompactState:
                 give(step, params)
                 a.step()
         assert same(p, q)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_first_gradient_that_comes_late_does_not_move_the_draws(device, late):
+    p = [nn.Parameter(torch.zeros(2000)) for _ in range(2)]
+    a = SGD(p, lr=1.0, momentum=0.5, transforms=[ChildMask(0.5, 7)])
+    p[1 - late].grad = torch.ones(2000)
+    a.step()
+    before = clone(p)
+    for x in p:
+        x.grad = torch.ones(2000)
+    buffer = a.state[p[1 - late]]["momentum_buffer"].clone()
+    a.step()
+    for i, x in enumerate(p):
+        draws = [torch.ones(2000), torch.ones(2000)]
+        fastcl.ops.child_mask_(draws, 0.5, 7, 0 if i == late else 1)
+        kept = torch.zeros(2000) if i == late else 0.5 * buffer
+        assert identical(before[i].detach() - x.detach(), kept + draws[i])

@@ -124,7 +124,8 @@ class Swept(torch.optim.Optimizer):
         scale = _projection.scale([r.grads for r in rows], getattr(self, "grad_scale", None), self._clip_norm)
         transforms = self._entries(rows, scale)
         for r, entries in zip(rows, transforms, strict=True):
-            whole = self._places is None or (r.members is None and r.start == 0 and r.local is r.params)
+            # Rows that are split into fresh ones and others need their places, too.
+            whole = self._places is None or (r.members is None and r.start == 0 and r.local is r.params and r.fresh is None)
             self._update(r, entries, None if whole else r.pick(self._places or ()), scale, found_inf)
             if r.local is not r.params:
                 _sharded.bump_versions(r.params)
