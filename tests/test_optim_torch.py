@@ -630,3 +630,58 @@ def test_a_step_that_is_refused_writes_nothing(device):
         a.step()
     assert same(p, before)
     assert float(a.state[p[0]]["step"]) == 1
+
+
+def sparse(t):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return t.to_sparse()
+
+
+LATE = {
+    "NaN lr": (lambda a, p: a.param_groups[1].update(lr=math.nan), ValueError, r"param_groups\[1\]: Invalid learning rate: nan"),
+    "lr of two": (lambda a, p: a.param_groups[1].update(lr=torch.ones(2)), ValueError, r"param_groups\[1\]: Tensor lr must be 1-element"),
+    "sparse": (lambda a, p: setattr(p[1], "grad", sparse(p[1].grad)), TypeError, r"param_groups\[1\]: grads\[0\] must be a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("own", [AdamW, SGD])
+def test_a_step_that_a_later_group_refuses_writes_nothing(device, own, steps, kind):
+    spoil, error, message = LATE[kind]
+    p = parameters()[:2]
+    a = own([{"params": [x]} for x in p], lr=0.1, **({"momentum": 0.9} if own is SGD else {}))
+    for step in range(steps):
+        give(step, p)
+        a.step()
+    give(5, p)
+    before, state = clone(p), copy.deepcopy([dict(a.state.get(x, {})) for x in p])
+    spoil(a, p)
+    with pytest.raises(error, match=message):
+        a.step()
+    assert same(p, before)
+    assert [set(a.state.get(x, {})) for x in p] == [set(s) for s in state]
+    assert all(identical(a.state[x][k], v) for x, s in zip(p, state, strict=True) for k, v in s.items())
+
+
+def test_a_first_step_that_is_refused_is_still_to_come(device):
+    p, q = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))] for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    a, b = SGD(p, **settings), torch.optim.SGD(q, **settings)
+    p[0].grad, p[1].grad = torch.ones(3), sparse(torch.ones(4))
+    with pytest.raises(TypeError, match="must be a dense tensor"):
+        a.step()
+    assert not a.state
+    # refused by the operator itself, behind all other checks
+    p[1].grad, a.found_inf = torch.ones(4), torch.zeros(2)
+    with pytest.raises(ValueError, match="found_inf must be"):
+        a.step()
+    assert not a.state
+    del a.found_inf
+    for step in range(2):
+        give(step, p, q)
+        a.step()
+        b.step()
+    assert same(p, q)
+    same_state(a, b, p, q)

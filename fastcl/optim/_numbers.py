@@ -1,15 +1,16 @@
-"""The hyper-parameters of a group."""
+"""The hyper-parameters of a group, and its gradients, before anything is written."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcl.ops import _checks
 from fastcl.optim import _projection
 
 
@@ -23,6 +24,16 @@ def check_numbers(group: Mapping[str, Any], **named: str) -> None:
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
+
+
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Dense gradients of their parameters' shapes and devices. Raises TypeError or ValueError naming the gradient."""
+    # This is asked once more by the operator, with the rest; only what does not fit is worth a message here.
+    for p, g in zip(params, grads, strict=True):
+        if g.layout != torch.strided or g.dtype not in _checks.FLOATING or g.shape != p.shape or g.device != p.device:
+            _checks.dense("grads", grads, _checks.FLOATING)
+            _checks.same_device("grads", grads, "params", params)
+            _checks.same_shape("grads", grads, "params", params)
 
 
 def device_lr(group: Mapping[str, Any], like: Tensor) -> Any:
