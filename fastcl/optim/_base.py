@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +93,9 @@ class Swept(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """What else an optimizer asks of state that is to be loaded: by its key the parameter and what it is to have."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -258,7 +261,8 @@ class Swept(torch.optim.Optimizer):
         State keeps its precision beside half-precision parameters (torch.optim's would round it), and gets its parameter's strides.
 
         Raises:
-            ValueError: a state_dict of another optimizer, with amsgrad, or with other shapes. Nothing has been loaded then.
+            TypeError, ValueError: a state_dict of another optimizer, with amsgrad, with other shapes, or with values that are none; the key
+                is named. Nothing has been loaded then.
         """
         _saved.load(self, state_dict, super().load_state_dict)
 

@@ -88,6 +88,15 @@ def spread(state: dict[str, Any], child: Child | None, p: Tensor) -> dict[str, A
     return whole
 
 
+def check_inside(label: str, value: Tensor, child: Child | None) -> None:
+    """Raises ValueError if whole moments have something outside of the child. Waits for the device."""
+    if child is None:
+        return
+    own = _sharded.shards([value])[0] if _sharded.is_sharded([value]) else value
+    if int(own.count_nonzero()) != int(own[child.selected().to(own.device)].count_nonzero()):
+        raise ValueError(f"{label} is not zero outside of the masks, where compact_state keeps nothing; load it without")
+
+
 def gather(state: dict[str, Any], child: Child) -> None:
     """The same the other way, in place; compact state stays. Waits for the device.
 
@@ -98,9 +107,5 @@ def gather(state: dict[str, Any], child: Child) -> None:
         value = state.get(name)
         if value is None or (value.dim() == 1 and not _sharded.is_sharded([value]) and value.shape != selected.shape):
             continue
-        own = _sharded.shards([value])[0] if _sharded.is_sharded([value]) else value
-        state[name] = own[selected]
-        if int(own.count_nonzero()) != int(state[name].count_nonzero()):
-            raise ValueError(
-                f"the state_dict's {name} is not zero outside of the masks, where compact_state keeps nothing; load it without"
-            )
+        check_inside(name, value, child)
+        state[name] = (_sharded.shards([value])[0] if _sharded.is_sharded([value]) else value)[selected]

@@ -16,7 +16,8 @@ from fastcl.optim import _projection
 
 def check_numbers(group: Mapping[str, Any], **named: str) -> None:
     """The learning rate and other numbers of a group that are >= 0, with torch.optim's words. Raises TypeError or ValueError."""
-    if isinstance(group["lr"], Tensor) and (group["lr"].numel() != 1 or not group["lr"].is_floating_point()):
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point() or lr.layout != torch.strided or lr.is_meta):
         raise ValueError("Tensor lr must be 1-element and floating-point")
     for name, words in {"lr": "learning rate", **named}.items():
         value = group[name]
@@ -24,6 +25,9 @@ def check_numbers(group: Mapping[str, Any], **named: str) -> None:
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {words}: {value}; {name} must be a finite number >= 0")
+    for name in ("maximize", "nesterov"):
+        if not isinstance(group.get(name, False), bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
 
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,9 +99,12 @@ class AdamW(Swept):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(b, Tensor) for b in betas):
             raise TypeError("betas must be a pair of numbers")
         for i, beta in enumerate(betas):
+            if not isinstance(beta, numbers.Real):
+                raise TypeError(f"betas[{i}] must be a number, got {type(beta).__name__}")
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if group.get("decay", "torch") not in ORDERS:
+        decay = group.get("decay", "torch")
+        if not isinstance(decay, str) or decay not in ORDERS:
             raise ValueError(f"decay must be one of {', '.join(ORDERS)}, got {group['decay']!r}")
 
     def _accept(self, bound: Sequence[Bound], params: Sequence[Tensor]) -> None:
@@ -110,6 +114,15 @@ class AdamW(Swept):
             if known is not None:
                 _compact.check_unchanged(known, made)
             self._children = made
+
+    def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
+        if self._children is None:
+            return
+        children = {id(p): child for p, child in zip(self._all(), self._children, strict=True)}
+        for key, (p, state) in states.items():
+            child = children[id(p)]
+            for name in _compact.MOMENTS if child is not None and state else ():
+                _compact.check_inside(f"state[{key}][{name!r}] of the state_dict", state[name], child)
 
     def _incomplete(self, group: dict[str, Any], states: Sequence[State]) -> bool:  # noqa: ARG002
         return not all(states)
