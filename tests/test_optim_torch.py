@@ -563,6 +563,12 @@ BAD = {
         ValueError,
         "do not belong to the same parameters",
     ),
+    "no transforms": (lambda p: AdamW(p, transforms=None), TypeError, "transforms must be a list of transforms.*got NoneType"),
+    "a number": (lambda p: SGD(p, transforms=5), TypeError, "transforms must be a list of transforms.*got int"),
+    "one transform": (lambda p: SGD(p, transforms=ChildMask(0.5, 1)), TypeError, "transforms must be a list of transforms.*got ChildMask"),
+    "maximize": (lambda p: AdamW(p, maximize="no"), TypeError, "maximize must be True or False, got 'no'"),
+    "nesterov's type": (lambda p: SGD(p, momentum=0.9, nesterov="x"), TypeError, "nesterov must be True or False, got 'x'"),
+    "compact_state": (lambda p: AdamW(p, compact_state="x"), TypeError, "compact_state must be True or False, got 'x'"),
     "stranger": (lambda p: AdamW(p, transforms=[SoftMask({torch.ones(1): p[0]})]), ValueError, "importance has an entry for a Tensor"),
     "name": (lambda p: AdamW(p, transforms=[SoftMask({"w": p[0]})]), ValueError, "importance has an entry for 'w'.*it has no names"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -368,3 +369,39 @@ def test_moments_that_compact_state_cannot_keep_are_refused_before_anything_chan
     assert all(identical(b.state[x][k], v) for x, s in zip(q, kept, strict=True) for k, v in s.items())
     b.step()
     assert not same(q, before)
+
+
+@pytest.mark.parametrize("form", [lambda a: a, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["made", "deepcopy", "pickle"])
+def test_what_an_optimizer_was_built_with_stays(device, form):
+    p = parameters()
+    a = AdamW(p, transforms=[FixedMask([x < 0.5 for x in like(p, 3, torch.rand)])], compact_state=True)
+    give(0, p)
+    a.step()
+    a = form(a)
+    with pytest.raises(AttributeError, match="transforms cannot be replaced; build a new optimizer"):
+        a.transforms = ()
+    with pytest.raises(AttributeError, match="compact_state cannot be changed; build a new optimizer"):
+        a.compact_state = False
+    assert isinstance(a.transforms[0], FixedMask)
+    assert a.compact_state
+    give(1, a.param_groups[0]["params"])
+    a.step()
+    assert "exp_avg" in a.state_dict()["state"][0]
+
+
+@pytest.mark.parametrize("form", [lambda a: a, copy.deepcopy], ids=["made", "deepcopy"])
+def test_a_mask_that_is_written_in_place_is_noticed(device, form):
+    p = parameters()
+    a = form(AdamW(p, transforms=[FixedMask([x < 0.5 for x in like(p, 3, torch.rand)])], compact_state=True))
+    p = a.param_groups[0]["params"]
+    give(0, p)
+    a.step()
+    saved, before, kept = a.state_dict(), clone(p), copy.deepcopy([a.state[x] for x in p])
+    fixed = a.transforms[0]
+    fixed.masks[1].bits.fill_(0)
+    again = lambda: setattr(fixed, "masks", list(fixed.masks)) or a.step()  # noqa: E731
+    for act in (a.step, a.state_dict, lambda: a.load_state_dict(saved), again):
+        with pytest.raises(ValueError, match=r"masks\[1\] has been written to, and with compact_state"):
+            act()
+    assert same(p, before)
+    assert all(identical(a.state[x][k], v) for x, s in zip(p, kept, strict=True) for k, v in s.items())

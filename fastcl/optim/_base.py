@@ -27,7 +27,9 @@ class Swept(torch.optim.Optimizer):
     _group_keys: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Any, defaults: dict[str, Any], transforms: Iterable[Transform], clip_norm: float | None) -> None:
-        self.transforms = tuple(transforms)
+        if isinstance(transforms, (Transform, str)) or not isinstance(transforms, Iterable):
+            raise TypeError(f"transforms must be a list of transforms of fastcl.optim, got {type(transforms).__name__}")
+        self._transforms = tuple(transforms)
         for i, t in enumerate(self.transforms):
             if not isinstance(t, Transform):
                 raise TypeError(f"transforms[{i}] must be a transform of fastcl.optim, got {type(t).__name__}")
@@ -37,6 +39,17 @@ class Swept(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._bind()
         self._complete = True
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transforms in their order. Their settings may change; which they are is for good: state may depend on it."""
+        return self._transforms
+
+    @transforms.setter
+    def transforms(self, value: object) -> None:  # noqa: ARG002
+        raise AttributeError(
+            "transforms cannot be replaced; build a new optimizer, or assign the attributes of the transforms that are there"
+        )
 
     @property
     def clip_norm(self) -> float | None:
@@ -94,6 +107,9 @@ class Swept(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _check_masks(self) -> None:
+        """Raises ValueError if masks that state depends on have been written to."""
+
     def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
         """What else an optimizer asks of state that is to be loaded: by its key the parameter and what it is to have."""
 
@@ -123,6 +139,7 @@ class Swept(torch.optim.Optimizer):
         rows = [r for r in map(self._rows, self.param_groups, self._plans_now()) if r.params]
         if not rows:
             return
+        self._check_masks()
         if len(rows) > 1 or self._incomplete(rows[0].group, rows[0].states):
             # One call of an operator checks all of its own before it writes; several calls, and new state, must not write one by one.
             self._check_rows(rows)
@@ -273,7 +290,9 @@ class Swept(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle, deepcopy and load_state_dict."""
-        super().__setstate__(state)
+        own = dict(state)
+        self._transforms = own.pop("transforms", None) or getattr(self, "_transforms", ())
+        super().__setstate__(own)
         self.defaults.setdefault("differentiable", False)
         _saved.unwrap(self)
         for group in self.param_groups:

@@ -23,6 +23,7 @@ class Child:
 
     def __init__(self, mask: BitMask, count: int) -> None:
         self.mask, self.count = mask, count
+        self.version = mask._version()
 
     def zeros(self, like: Tensor) -> Tensor:
         """Moments at the start."""
@@ -53,6 +54,15 @@ def children(transforms: Sequence[Transform], bound: Sequence[Bound], params: Se
     counts = [set_bits(m.bits, 8).sum() for m in small if m is not None]
     numbers = iter(torch.stack([c.to(counts[0].device) for c in counts]).tolist() if counts else [])
     return [None if m is None else Child(m, next(numbers)) for m in small]
+
+
+def check_not_written(known: Sequence[Child | None]) -> None:
+    """Raises ValueError if a mask's bits have been written to. No host sync: versions tell."""
+    for i, child in enumerate(known):
+        if child is not None and child.version != child.mask._version():
+            raise ValueError(
+                f"masks[{i}] has been written to, and with compact_state moments are kept for what it was alone; make a new optimizer"
+            )
 
 
 def check_unchanged(known: Sequence[Child | None], made: Sequence[Child | None]) -> None:

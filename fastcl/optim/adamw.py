@@ -72,7 +72,9 @@ class AdamW(Swept):
         maximize: bool = False,
         clip_norm: float | None = None,
     ) -> None:
-        self.compact_state = compact_state
+        if not isinstance(compact_state, bool):
+            raise TypeError(f"compact_state must be True or False, got {compact_state!r}")
+        self._compact_state = compact_state
         self._children: list[_compact.Child | None] | None = None
         defaults = {
             "lr": lr,
@@ -90,6 +92,19 @@ class AdamW(Swept):
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults, transforms, clip_norm)
+
+    @property
+    def compact_state(self) -> bool:
+        """Whether moments are kept for the elements of the masks alone."""
+        return self._compact_state
+
+    @compact_state.setter
+    def compact_state(self, value: object) -> None:  # noqa: ARG002
+        raise AttributeError("compact_state cannot be changed; build a new optimizer with it and load this one's state_dict()")
+
+    def _check_masks(self) -> None:
+        if self._children is not None:
+            _compact.check_not_written(self._children)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group, eps="epsilon value", weight_decay="weight_decay value")
@@ -112,12 +127,14 @@ class AdamW(Swept):
             known = self._children
             made = _compact.children(self.transforms, bound, params)
             if known is not None:
+                _compact.check_not_written(known)
                 _compact.check_unchanged(known, made)
             self._children = made
 
     def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
         if self._children is None:
             return
+        self._check_masks()
         children = {id(p): child for p, child in zip(self._all(), self._children, strict=True)}
         for key, (p, state) in states.items():
             child = children[id(p)]
@@ -174,9 +191,14 @@ class AdamW(Swept):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.AdamW's, with whole moments: it loads them. Transforms are not part of it."""
+        """As torch.optim.AdamW's, with whole moments: it loads them. Transforms are not part of it.
+
+        Raises:
+            ValueError: with ``compact_state``, a mask has been written to.
+        """
         if self._children is None:
             return super().state_dict()
+        self._check_masks()
         own = self.state
         places = {id(p): n for n, p in enumerate(self._all())}
         self.state = defaultdict(dict, {p: _compact.spread(s, self._children[places[id(p)]], p) for p, s in own.items()})
@@ -192,7 +214,9 @@ class AdamW(Swept):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle, deepcopy and load_state_dict."""
         self.__dict__.setdefault("_children", None)
-        super().__setstate__(state)
+        own = dict(state)
+        self._compact_state = own.pop("compact_state", self.__dict__.get("_compact_state", False))
+        super().__setstate__(own)
         if self._children is not None:
             for p, child in zip(self._all(), self._children, strict=True):
                 if child is not None and p in self.state:
