@@ -33,11 +33,13 @@ def check_numbers(group: Mapping[str, Any], **named: str) -> None:
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Dense gradients of their parameters' shapes and devices. Raises TypeError or ValueError naming the gradient."""
     # This is asked once more by the operator, with the rest; only what does not fit is worth a message here.
-    for p, g in zip(params, grads, strict=True):
-        if g.layout != torch.strided or g.dtype not in _checks.FLOATING or g.shape != p.shape or g.device != p.device:
-            _checks.dense("grads", grads, _checks.FLOATING)
-            _checks.same_device("grads", grads, "params", params)
-            _checks.same_shape("grads", grads, "params", params)
+    kinds = {(g.layout, g.dtype) for g in grads}
+    fits = all(layout == torch.strided and dtype in _checks.FLOATING for layout, dtype in kinds)
+    if fits and [g.device for g in grads] == [p.device for p in params] and all(map(Tensor.is_same_size, grads, params)):
+        return
+    _checks.dense("grads", grads, _checks.FLOATING)
+    _checks.same_device("grads", grads, "params", params)
+    _checks.same_shape("grads", grads, "params", params)
 
 
 def device_lr(group: Mapping[str, Any], like: Tensor) -> Any:
