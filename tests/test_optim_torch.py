@@ -563,6 +563,12 @@ BAD = {
         ValueError,
         "do not belong to the same parameters",
     ),
+    "no transforms": (lambda p: AdamW(p, transforms=None), TypeError, "transforms must be a list of transforms.*got NoneType"),
+    "a number": (lambda p: SGD(p, transforms=5), TypeError, "transforms must be a list of transforms.*got int"),
+    "one transform": (lambda p: SGD(p, transforms=ChildMask(0.5, 1)), TypeError, "transforms must be a list of transforms.*got ChildMask"),
+    "maximize": (lambda p: AdamW(p, maximize="no"), TypeError, "maximize must be True or False, got 'no'"),
+    "nesterov's type": (lambda p: SGD(p, momentum=0.9, nesterov="x"), TypeError, "nesterov must be True or False, got 'x'"),
+    "compact_state": (lambda p: AdamW(p, compact_state="x"), TypeError, "compact_state must be True or False, got 'x'"),
     "stranger": (lambda p: AdamW(p, transforms=[SoftMask({torch.ones(1): p[0]})]), ValueError, "importance has an entry for a Tensor"),
     "name": (lambda p: AdamW(p, transforms=[SoftMask({"w": p[0]})]), ValueError, "importance has an entry for 'w'.*it has no names"),
 }
@@ -583,6 +589,12 @@ def with_state(state, **entries):
     return {**state, "state": {k: {**v, **entries} for k, v in state["state"].items()}}
 
 
+def sparse(t):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return t.to_sparse()
+
+
 STATES = {
     "of SGD": (lambda s: torch.optim.SGD(parameters()).state_dict(), r"param_groups\[0\] of the state_dict has no 'betas'"),
     "amsgrad": (lambda s: changed(s, amsgrad=True), "has amsgrad=True, whose state max_exp_avg_sq AdamW has no use for"),
@@ -595,7 +607,29 @@ STATES = {
     "groups": (lambda s: {**s, "param_groups": s["param_groups"] * 2}, "has 2 parameter groups and the optimizer 1"),
     "parameters": (lambda s: changed(s, params=[0]), "has 1 parameters and the optimizer's 4"),
     "no state_dict": (lambda s: {"model": 1}, "state_dict has no 'state'"),
+    "sparse state": (
+        lambda s: with_state(s, exp_avg=sparse(torch.ones(5, 3))),
+        r"state\[0\]\['exp_avg'\] of the state_dict must be a float",
+    ),
+    "meta state": (lambda s: with_state(s, exp_avg=torch.ones(5, 3, device="meta")), r"state\[0\]\['exp_avg'\] of .* on meta"),
+    "no moment": (lambda s: with_state(s, exp_avg=None), r"state\[0\]\['exp_avg'\] of .* got NoneType"),
+    "a stranger": (lambda s: {**s, "state": {**s["state"], 99: {"exp_avg": 1}}}, r"state\[99\] of the state_dict belongs to none"),
+    "two steps": (lambda s: with_state(s, step=torch.ones(2)), r"state\[0\]\['step'\] of the state_dict must be a tensor of one"),
+    "NaN step": (lambda s: with_state(s, step=torch.tensor(math.nan)), r"state\[0\]\['step'\] of the state_dict must be a finite"),
+    "negative step": (lambda s: with_state(s, step=-1), r"state\[0\]\['step'\] of the state_dict must be a finite number >= 0, got -1"),
+    "twice": (lambda s: changed(s, params=[0, 1, 1, 2]), r"param_groups\[0\]\['params'\] of the state_dict has 1 a second time"),
+    **{f"step {v!r}": (lambda s, v=v: with_state(s, step=v), r"state\[0\]\['step'\] of .* must be a number") for v in (None, "a", [1])},
+    "maximize": (lambda s: changed(s, maximize="no"), r"param_groups\[0\] of the state_dict: maximize must be True or False, got 'no'"),
+    "params": (lambda s: changed(s, params=3), r"param_groups\[0\]\['params'\] of the state_dict must be a list of numbers, got 3"),
+    "betas": (lambda s: changed(s, betas=("a", 0.9)), r"param_groups\[0\] of the state_dict: betas\[0\] must be a number, got str"),
+    "state's type": (lambda s: {**s, "state": 3}, "state of the state_dict must be a mapping, got int"),
+    "an entry's type": (lambda s: {**s, "state": {0: 3}}, r"state\[0\] of the state_dict must be a mapping, got int"),
+    "groups' type": (lambda s: {**s, "param_groups": 3}, "param_groups of the state_dict must be a list, got int"),
+    "a group's type": (lambda s: {**s, "param_groups": [3]}, r"param_groups\[0\] of the state_dict must be a mapping, got int"),
+    "type": (lambda s: 3, "state_dict must be a mapping, got int"),
 }
+TYPES = {"step None", "step 'a'", "step [1]", "maximize", "params", "betas", "state's type", "an entry's type", "groups' type"}
+TYPES |= {"a group's type", "type"}
 
 
 @pytest.mark.parametrize("kind", STATES)
@@ -607,7 +641,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(device, kind):
     a.step()
     saved = make(a.state_dict())
     before, groups = clone(list(a.state[p[0]].values())), copy.copy(a.param_groups[0])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if kind in TYPES else ValueError, match=message):
         a.load_state_dict(saved)
     assert all(identical(x, y) for x, y in zip(a.state[p[0]].values(), before, strict=True))
     assert a.param_groups[0] == groups
@@ -630,3 +664,52 @@ def test_a_step_that_is_refused_writes_nothing(device):
         a.step()
     assert same(p, before)
     assert float(a.state[p[0]]["step"]) == 1
+
+
+LATE = {
+    "NaN lr": (lambda a, p: a.param_groups[1].update(lr=math.nan), ValueError, r"param_groups\[1\]: Invalid learning rate: nan"),
+    "lr of two": (lambda a, p: a.param_groups[1].update(lr=torch.ones(2)), ValueError, r"param_groups\[1\]: Tensor lr must be 1-element"),
+    "sparse": (lambda a, p: setattr(p[1], "grad", sparse(p[1].grad)), TypeError, r"param_groups\[1\]: grads\[0\] must be a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("own", [AdamW, SGD])
+def test_a_step_that_a_later_group_refuses_writes_nothing(device, own, steps, kind):
+    spoil, error, message = LATE[kind]
+    p = parameters()[:2]
+    a = own([{"params": [x]} for x in p], lr=0.1, **({"momentum": 0.9} if own is SGD else {}))
+    for step in range(steps):
+        give(step, p)
+        a.step()
+    give(5, p)
+    before, state = clone(p), copy.deepcopy([dict(a.state.get(x, {})) for x in p])
+    spoil(a, p)
+    with pytest.raises(error, match=message):
+        a.step()
+    assert same(p, before)
+    assert [set(a.state.get(x, {})) for x in p] == [set(s) for s in state]
+    assert all(identical(a.state[x][k], v) for x, s in zip(p, state, strict=True) for k, v in s.items())
+
+
+def test_a_first_step_that_is_refused_is_still_to_come(device):
+    p, q = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))] for _ in range(2))
+    settings = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    a, b = SGD(p, **settings), torch.optim.SGD(q, **settings)
+    p[0].grad, p[1].grad = torch.ones(3), sparse(torch.ones(4))
+    with pytest.raises(TypeError, match="must be a dense tensor"):
+        a.step()
+    assert not a.state
+    # refused by the operator itself, behind all other checks
+    p[1].grad, a.found_inf = torch.ones(4), torch.zeros(2)
+    with pytest.raises(ValueError, match="found_inf must be"):
+        a.step()
+    assert not a.state
+    del a.found_inf
+    for step in range(2):
+        give(step, p, q)
+        a.step()
+        b.step()
+    assert same(p, q)
+    same_state(a, b, p, q)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ class TestCompactState:
         give(0, p)
         dense.step()
         a = AdamW(p, transforms=[FixedMask([torch.zeros(x.shape, dtype=torch.bool) for x in p])], compact_state=True)
-        with pytest.raises(ValueError, match="exp_avg is not zero outside of the masks"):
+        with pytest.raises(ValueError, match=r"state\[0\]\['exp_avg'\] of the state_dict is not zero outside of the masks"):
             a.load_state_dict(dense.state_dict())
 
     @pytest.mark.parametrize(
@@ -331,3 +332,76 @@ class TestCompactState:
                 give(step, params)
                 a.step()
         assert same(p, q)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_first_gradient_that_comes_late_does_not_move_the_draws(device, late):
+    p = [nn.Parameter(torch.zeros(2000)) for _ in range(2)]
+    a = SGD(p, lr=1.0, momentum=0.5, transforms=[ChildMask(0.5, 7)])
+    p[1 - late].grad = torch.ones(2000)
+    a.step()
+    before = clone(p)
+    for x in p:
+        x.grad = torch.ones(2000)
+    buffer = a.state[p[1 - late]]["momentum_buffer"].clone()
+    a.step()
+    for i, x in enumerate(p):
+        draws = [torch.ones(2000), torch.ones(2000)]
+        fastcl.ops.child_mask_(draws, 0.5, 7, 0 if i == late else 1)
+        kept = torch.zeros(2000) if i == late else 0.5 * buffer
+        assert identical(before[i].detach() - x.detach(), kept + draws[i])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_moments_that_compact_state_cannot_keep_are_refused_before_anything_changes(device, monkeypatch, late):
+    p, q = parameters(), parameters()
+    masks = [x < 0.5 for x in like(p, 3, torch.rand)]
+    a, b = AdamW(p, lr=0.5), AdamW(q, lr=0.1, transforms=[FixedMask(masks)], compact_state=True)
+    give(0, p, q)
+    a.step()
+    b.step()
+    if late:  # whatever else fails behind the checks
+        monkeypatch.setattr(b, "_check_loaded", lambda states: None)
+    before, kept, groups = clone(q), copy.deepcopy([b.state[x] for x in q]), copy.copy(b.param_groups[0])
+    with pytest.raises(ValueError, match=r"exp_avg.* is not zero outside of the masks"):
+        b.load_state_dict(a.state_dict())
+    assert b.param_groups[0] == groups
+    assert all(identical(b.state[x][k], v) for x, s in zip(q, kept, strict=True) for k, v in s.items())
+    b.step()
+    assert not same(q, before)
+
+
+@pytest.mark.parametrize("form", [lambda a: a, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["made", "deepcopy", "pickle"])
+def test_what_an_optimizer_was_built_with_stays(device, form):
+    p = parameters()
+    a = AdamW(p, transforms=[FixedMask([x < 0.5 for x in like(p, 3, torch.rand)])], compact_state=True)
+    give(0, p)
+    a.step()
+    a = form(a)
+    with pytest.raises(AttributeError, match="transforms cannot be replaced; build a new optimizer"):
+        a.transforms = ()
+    with pytest.raises(AttributeError, match="compact_state cannot be changed; build a new optimizer"):
+        a.compact_state = False
+    assert isinstance(a.transforms[0], FixedMask)
+    assert a.compact_state
+    give(1, a.param_groups[0]["params"])
+    a.step()
+    assert "exp_avg" in a.state_dict()["state"][0]
+
+
+@pytest.mark.parametrize("form", [lambda a: a, copy.deepcopy], ids=["made", "deepcopy"])
+def test_a_mask_that_is_written_in_place_is_noticed(device, form):
+    p = parameters()
+    a = form(AdamW(p, transforms=[FixedMask([x < 0.5 for x in like(p, 3, torch.rand)])], compact_state=True))
+    p = a.param_groups[0]["params"]
+    give(0, p)
+    a.step()
+    saved, before, kept = a.state_dict(), clone(p), copy.deepcopy([a.state[x] for x in p])
+    fixed = a.transforms[0]
+    fixed.masks[1].bits.fill_(0)
+    again = lambda: setattr(fixed, "masks", list(fixed.masks)) or a.step()  # noqa: E731
+    for act in (a.step, a.state_dict, lambda: a.load_state_dict(saved), again):
+        with pytest.raises(ValueError, match=r"masks\[1\] has been written to, and with compact_state"):
+            act()
+    assert same(p, before)
+    assert all(identical(a.state[x][k], v) for x, s in zip(p, kept, strict=True) for k, v in s.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from fastcl.ops import _checks, _sharded
 from fastcl.optim import _projection, _saved
 from fastcl.optim._binding import Bound
+from fastcl.optim._numbers import check_gradients
 from fastcl.optim._rows import Plan, Rows, State, same
 from fastcl.optim.transforms import ChildMask, Project, Transform
 
@@ -26,7 +27,9 @@ class Swept(torch.optim.Optimizer):
     _group_keys: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Any, defaults: dict[str, Any], transforms: Iterable[Transform], clip_norm: float | None) -> None:
-        self.transforms = tuple(transforms)
+        if isinstance(transforms, (Transform, str)) or not isinstance(transforms, Iterable):
+            raise TypeError(f"transforms must be a list of transforms of fastcl.optim, got {type(transforms).__name__}")
+        self._transforms = tuple(transforms)
         for i, t in enumerate(self.transforms):
             if not isinstance(t, Transform):
                 raise TypeError(f"transforms[{i}] must be a transform of fastcl.optim, got {type(t).__name__}")
@@ -36,6 +39,17 @@ class Swept(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._bind()
         self._complete = True
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transforms in their order. Their settings may change; which they are is for good: state may depend on it."""
+        return self._transforms
+
+    @transforms.setter
+    def transforms(self, value: object) -> None:  # noqa: ARG002
+        raise AttributeError(
+            "transforms cannot be replaced; build a new optimizer, or assign the attributes of the transforms that are there"
+        )
 
     @property
     def clip_norm(self) -> float | None:
@@ -93,6 +107,12 @@ class Swept(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _check_masks(self) -> None:
+        """Raises ValueError if masks that state depends on have been written to."""
+
+    def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """What else an optimizer asks of state that is to be loaded: by its key the parameter and what it is to have."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
@@ -119,15 +139,53 @@ class Swept(torch.optim.Optimizer):
         rows = [r for r in map(self._rows, self.param_groups, self._plans_now()) if r.params]
         if not rows:
             return
+        self._check_masks()
+        if len(rows) > 1 or self._incomplete(rows[0].group, rows[0].states):
+            # One call of an operator checks all of its own before it writes; several calls, and new state, must not write one by one.
+            self._check_rows(rows)
+        done = 0
+        try:
+            for r in rows:
+                self._complete_state(r)
+            for done in self._updates(rows):  # noqa: B007
+                pass
+        except Exception:
+            for r in rows[done:]:
+                r.forget_made(self.state)
+            raise
+
+    def _check_rows(self, rows: Sequence[Rows]) -> None:
+        numbers = {id(group): n for n, group in enumerate(self.param_groups)}
+        for r in rows:
+            lr = r.group["lr"]
+            # What a tensor holds stays on the device: looking at it would wait in every step.
+            group = {**r.group, "lr": 0.0} if isinstance(lr, Tensor) and lr.numel() == 1 and lr.is_floating_point() else r.group
+            try:
+                self._check_group(group)
+                check_gradients(r.local, r.local_grads)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param_groups[{numbers[id(r.group)]}]: {error}") from None
+
+    def _complete_state(self, r: Rows) -> None:
+        if not self._incomplete(r.group, r.states):
+            return
+        r.before = [dict(self.state[p]) if p in self.state else None for p in r.params]
+        r.fresh = self._begin(r.group, r.params, r.local, range(r.start, r.start + len(r.params)) if r.members is None else r.members)
+        r.states = [self.state[p] for p in r.params]
+
+    def _updates(self, rows: Sequence[Rows]) -> Iterator[int]:
+        """Update group after group; yields how many are done."""
         found_inf = getattr(self, "found_inf", None)
         found_inf = _projection.plain(found_inf) if isinstance(found_inf, Tensor) else None
         scale = _projection.scale([r.grads for r in rows], getattr(self, "grad_scale", None), self._clip_norm)
         transforms = self._entries(rows, scale)
-        for r, entries in zip(rows, transforms, strict=True):
-            whole = self._places is None or (r.members is None and r.start == 0 and r.local is r.params)
+        for n, (r, entries) in enumerate(zip(rows, transforms, strict=True)):
+            # Rows that are split into fresh ones and others need their places, too.
+            whole = self._places is None or (r.members is None and r.start == 0 and r.local is r.params and r.fresh is None)
             self._update(r, entries, None if whole else r.pick(self._places or ()), scale, found_inf)
             if r.local is not r.params:
                 _sharded.bump_versions(r.params)
+            yield n + 1
 
     def _update(self, rows: Rows, transforms: list[Any], places: list[Any] | None, scale: Tensor | None, found_inf: Tensor | None) -> None:
         raise NotImplementedError
@@ -191,12 +249,8 @@ class Swept(torch.optim.Optimizer):
             local_grads = self._local_grads(params, grads)
         else:
             local, local_grads = params, grads
-        fresh = None
-        if self._incomplete(group, states):
-            fresh = self._begin(group, params, local, [plan.start + i for i in members])
-            states = [self.state[p] for p in params]
         positions = None if whole else [plan.start + i for i in members]
-        return Rows(group, params, grads, local, local_grads, states, positions, plan.start, fresh)
+        return Rows(group, params, grads, local, local_grads, states, positions, plan.start)
 
     def _local_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         _sharded.check_matching("grads", grads, "params", params, one_element=False)
@@ -224,7 +278,8 @@ class Swept(torch.optim.Optimizer):
         State keeps its precision beside half-precision parameters (torch.optim's would round it), and gets its parameter's strides.
 
         Raises:
-            ValueError: a state_dict of another optimizer, with amsgrad, or with other shapes. Nothing has been loaded then.
+            TypeError, ValueError: a state_dict of another optimizer, with amsgrad, with other shapes, or with values that are none; the key
+                is named. Nothing has been loaded then.
         """
         _saved.load(self, state_dict, super().load_state_dict)
 
@@ -235,7 +290,9 @@ class Swept(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle, deepcopy and load_state_dict."""
-        super().__setstate__(state)
+        own = dict(state)
+        self._transforms = own.pop("transforms", None) or getattr(self, "_transforms", ())
+        super().__setstate__(own)
         self.defaults.setdefault("differentiable", False)
         _saved.unwrap(self)
         for group in self.param_groups:

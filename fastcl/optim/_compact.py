@@ -23,6 +23,7 @@ class Child:
 
     def __init__(self, mask: BitMask, count: int) -> None:
         self.mask, self.count = mask, count
+        self.version = mask._version()
 
     def zeros(self, like: Tensor) -> Tensor:
         """Moments at the start."""
@@ -53,6 +54,15 @@ def children(transforms: Sequence[Transform], bound: Sequence[Bound], params: Se
     counts = [set_bits(m.bits, 8).sum() for m in small if m is not None]
     numbers = iter(torch.stack([c.to(counts[0].device) for c in counts]).tolist() if counts else [])
     return [None if m is None else Child(m, next(numbers)) for m in small]
+
+
+def check_not_written(known: Sequence[Child | None]) -> None:
+    """Raises ValueError if a mask's bits have been written to. No host sync: versions tell."""
+    for i, child in enumerate(known):
+        if child is not None and child.version != child.mask._version():
+            raise ValueError(
+                f"masks[{i}] has been written to, and with compact_state moments are kept for what it was alone; make a new optimizer"
+            )
 
 
 def check_unchanged(known: Sequence[Child | None], made: Sequence[Child | None]) -> None:
@@ -88,6 +98,15 @@ def spread(state: dict[str, Any], child: Child | None, p: Tensor) -> dict[str, A
     return whole
 
 
+def check_inside(label: str, value: Tensor, child: Child | None) -> None:
+    """Raises ValueError if whole moments have something outside of the child. Waits for the device."""
+    if child is None:
+        return
+    own = _sharded.shards([value])[0] if _sharded.is_sharded([value]) else value
+    if int(own.count_nonzero()) != int(own[child.selected().to(own.device)].count_nonzero()):
+        raise ValueError(f"{label} is not zero outside of the masks, where compact_state keeps nothing; load it without")
+
+
 def gather(state: dict[str, Any], child: Child) -> None:
     """The same the other way, in place; compact state stays. Waits for the device.
 
@@ -98,9 +117,5 @@ def gather(state: dict[str, Any], child: Child) -> None:
         value = state.get(name)
         if value is None or (value.dim() == 1 and not _sharded.is_sharded([value]) and value.shape != selected.shape):
             continue
-        own = _sharded.shards([value])[0] if _sharded.is_sharded([value]) else value
-        state[name] = own[selected]
-        if int(own.count_nonzero()) != int(state[name].count_nonzero()):
-            raise ValueError(
-                f"the state_dict's {name} is not zero outside of the masks, where compact_state keeps nothing; load it without"
-            )
+        check_inside(name, value, child)
+        state[name] = (_sharded.shards([value])[0] if _sharded.is_sharded([value]) else value)[selected]

@@ -36,6 +36,7 @@ class Rows:
     members: list[int] | None  # positions among all parameters, where some are missing
     start: int
     fresh: list[bool] | None = None  # which states were made in this step, if any
+    before: list[State | None] | None = None  # what a step that is refused puts back, where it has made state
 
     def select(self, members: Sequence[int]) -> Rows:
         """Some of the rows."""
@@ -44,6 +45,15 @@ class Rows:
         params, grads, local, local_grads, states = ([column[i] for i in members] for column in columns)
         local = params if self.local is self.params else local
         return Rows(self.group, params, grads, local, local_grads, states, positions, self.start)
+
+    def forget_made(self, state: dict[Tensor, State]) -> None:
+        """Put back what was there before state was made."""
+        for p, was in zip(self.params, self.before or (), strict=False):
+            if was is None:
+                state.pop(p, None)
+            else:
+                state[p].clear()
+                state[p].update(was)
 
     def pick(self, column: Sequence[Any]) -> list[Any]:
         """The rows of a list over all parameters."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ class AdamW(Swept):
         maximize: bool = False,
         clip_norm: float | None = None,
     ) -> None:
-        self.compact_state = compact_state
+        if not isinstance(compact_state, bool):
+            raise TypeError(f"compact_state must be True or False, got {compact_state!r}")
+        self._compact_state = compact_state
         self._children: list[_compact.Child | None] | None = None
         defaults = {
             "lr": lr,
@@ -90,6 +93,19 @@ class AdamW(Swept):
         }
         super().__init__(params, defaults, transforms, clip_norm)
 
+    @property
+    def compact_state(self) -> bool:
+        """Whether moments are kept for the elements of the masks alone."""
+        return self._compact_state
+
+    @compact_state.setter
+    def compact_state(self, value: object) -> None:  # noqa: ARG002
+        raise AttributeError("compact_state cannot be changed; build a new optimizer with it and load this one's state_dict()")
+
+    def _check_masks(self) -> None:
+        if self._children is not None:
+            _compact.check_not_written(self._children)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group, eps="epsilon value", weight_decay="weight_decay value")
         if self.compact_state and group["eps"] == 0:
@@ -98,9 +114,12 @@ class AdamW(Swept):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(b, Tensor) for b in betas):
             raise TypeError("betas must be a pair of numbers")
         for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
+            if isinstance(beta, bool) or not isinstance(beta, (float, numbers.Real)):
+                raise TypeError(f"betas[{i}] must be a number, got {type(beta).__name__}")
+            if not 0.0 <= float(beta) < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if group.get("decay", "torch") not in ORDERS:
+        decay = group.get("decay", "torch")
+        if not isinstance(decay, str) or decay not in ORDERS:
             raise ValueError(f"decay must be one of {', '.join(ORDERS)}, got {group['decay']!r}")
 
     def _accept(self, bound: Sequence[Bound], params: Sequence[Tensor]) -> None:
@@ -108,8 +127,19 @@ class AdamW(Swept):
             known = self._children
             made = _compact.children(self.transforms, bound, params)
             if known is not None:
+                _compact.check_not_written(known)
                 _compact.check_unchanged(known, made)
             self._children = made
+
+    def _check_loaded(self, states: Mapping[Any, tuple[Tensor, Mapping[str, Any]]]) -> None:
+        if self._children is None:
+            return
+        self._check_masks()
+        children = {id(p): child for p, child in zip(self._all(), self._children, strict=True)}
+        for key, (p, state) in states.items():
+            child = children[id(p)]
+            for name in _compact.MOMENTS if child is not None and state else ():
+                _compact.check_inside(f"state[{key}][{name!r}] of the state_dict", state[name], child)
 
     def _incomplete(self, group: dict[str, Any], states: Sequence[State]) -> bool:  # noqa: ARG002
         return not all(states)
@@ -161,9 +191,14 @@ class AdamW(Swept):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.AdamW's, with whole moments: it loads them. Transforms are not part of it."""
+        """As torch.optim.AdamW's, with whole moments: it loads them. Transforms are not part of it.
+
+        Raises:
+            ValueError: with ``compact_state``, a mask has been written to.
+        """
         if self._children is None:
             return super().state_dict()
+        self._check_masks()
         own = self.state
         places = {id(p): n for n, p in enumerate(self._all())}
         self.state = defaultdict(dict, {p: _compact.spread(s, self._children[places[id(p)]], p) for p, s in own.items()})
@@ -179,7 +214,9 @@ class AdamW(Swept):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle, deepcopy and load_state_dict."""
         self.__dict__.setdefault("_children", None)
-        super().__setstate__(state)
+        own = dict(state)
+        self._compact_state = own.pop("compact_state", self.__dict__.get("_compact_state", False))
+        super().__setstate__(own)
         if self._children is not None:
             for p, child in zip(self._all(), self._children, strict=True):
                 if child is not None and p in self.state:
