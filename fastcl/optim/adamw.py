@@ -114,9 +114,10 @@ class AdamW(Swept):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or any(isinstance(b, Tensor) for b in betas):
             raise TypeError("betas must be a pair of numbers")
         for i, beta in enumerate(betas):
-            if isinstance(beta, bool) or not isinstance(beta, (float, numbers.Real)):
+            value: Any = beta  # numbers.Real has no comparisons for the type checker
+            if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
                 raise TypeError(f"betas[{i}] must be a number, got {type(beta).__name__}")
-            if not 0.0 <= float(beta) < 1.0:
+            if not 0.0 <= value < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         decay = group.get("decay", "torch")
         if not isinstance(decay, str) or decay not in ORDERS:
