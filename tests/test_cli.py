@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -423,7 +424,9 @@ def test_a_stopped_process_leaves_a_folder_that_goes_on(capsys, tmp_path, number
     options = ["--method", "agem", "--epochs", "30", "--width", "32"]
     command = [sys.executable, "-m", "fastcl", "run", *options, "--out", str(tmp_path / "stopped")]
     checkpoint = tmp_path / "stopped/seed0/checkpoint.pt"
-    with subprocess.Popen(command, env=environment(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background of a shell ignore it
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(ROOT), preexec_fn=heard, **streams) as process:
         limit = time.monotonic() + 120
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.005)
