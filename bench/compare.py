@@ -47,7 +47,7 @@ def require_green(tests: Sequence[str] = TESTS, root: Path = machine.ROOT) -> No
     missing = [t for t in tests if not (root / t).is_file()]
     if missing:
         raise RedTests(f"no benchmark without green tests: {', '.join(missing)} not found")
-    command = [sys.executable, "-m", "pytest", *tests, "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *tests, "-x", "-q", "-m", "not slow and not gpu", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])

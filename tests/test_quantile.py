@@ -214,6 +214,8 @@ def _repeated(half, prefixes, level):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
 def test_more_than_2_to_the_31_real_elements(device):
+    if backends.serving(device) == "reference":
+        pytest.skip("the definition sorts a float64 copy and its ranks: 64 GiB")
     n = 2**31 + 10
     x = torch.zeros(n, dtype=torch.bfloat16, device=device)
     x[-7:] = torch.arange(1, 8, dtype=torch.bfloat16, device=device)
