@@ -12,6 +12,7 @@
 #include "bind/gated_bit_mask.h"
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
+#include "bind/gated_kronecker.h"
 #include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
@@ -91,6 +92,24 @@ class Cuda {
   void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
     cuda::transformed_dot(inputs, reference, out, workspace(), stream_);
   }
+  void kron_small_(const Views& w, const Views& b, const Views& a, const Views& g) { cuda::kron_small_(w, b, a, g, workspace(), stream_); }
+  void kron_small_quadratic(const Views& w, const Views& b, const Views& a, const Views& g, double* out) {
+    cuda::kron_small_quadratic(w, b, a, g, out, workspace(), stream_);
+  }
+  void ncl_small_step_(const Views& w, const Views& b, const Views& wg, const Views& bg, const Views& m, const Views& h, const Views& a,
+                       const Views& g, double lr, double momentum, double strength) {
+    cuda::ncl_small_step_(w, b, wg, bg, m, h, a, g, lr, momentum, strength, workspace(), stream_);
+  }
+  void ncl_small_direction_(const Views& m, const Views& v, const Views& wg, const Views& bg, const Views& h, const Views& a,
+                            const Views& g, double momentum, double strength, double* products) {
+    cuda::ncl_small_direction_(m, v, wg, bg, h, a, g, momentum, strength, products, workspace(), stream_);
+  }
+  void ncl_momentum_(const Views& m, const Views& h, const Views& wg, const Views& bg, double momentum, double strength, const double* lr) {
+    cuda::ncl_momentum_(m, h, wg, bg, momentum, strength, lr, stream_);
+  }
+  void ncl_apply_(const Views& w, const Views& b, const Views& h, const Views& v, const Views& m, const double* step) {
+    cuda::ncl_apply_(w, b, h, v, m, step, stream_);
+  }
   void yardstick_(const Views& written, const Views& read) { cuda::yardstick_(written, read, stream_); }
   void yardstick_read(const Views& read, uint64_t* folded) { cuda::yardstick_read(read, folded, workspace(), stream_); }
 
@@ -153,6 +172,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   define_bit_mask<Cuda>(m);
   define_quantile<Cuda>(m);
   define_optimizers<Cuda>(m);
+  define_kronecker<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
   m.def("yardstick_read", &yardstick_read, py::arg("read"), "read every byte of contiguous tensors once");

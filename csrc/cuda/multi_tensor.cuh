@@ -39,6 +39,7 @@ template <class Small, class Large, class... Parameters>
 struct KernelOf {
   void (*small)(Small, Parameters...);
   void (*large)(Large, Parameters...);
+  int threads = kThreads;
 
   void run(const char* op, const Stream& stream, const List& list, const Parameters&... parameters) const {
     run_blocks(op, stream, list, 0, [](const List::Launch& part) { return part.chunks; }, parameters...);
@@ -63,7 +64,7 @@ struct KernelOf {
                 int64_t shared_bytes, int64_t blocks, const Parameters&... parameters) const {
     P packet;
     list.fill(part, packet);
-    launch_shared(op, stream, blocks, kThreads, shared_bytes, kernel, packet, parameters...);
+    launch_shared(op, stream, blocks, threads, shared_bytes, kernel, packet, parameters...);
   }
 };
 

@@ -59,6 +59,22 @@ void gem_project_(const Views& grads, const std::vector<Views>& memories, double
 void gem_coefficients(const double* products, int k, double margin, double ridge, double* out, const Stream& stream);
 void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Stream& stream);
 
+// Layers of a Kronecker-factored precision; see cpu/ops.h. out, products and step are in device memory, lr is null or a number.
+void kron_small_(const Views& weights, const Views& biases, const Views& a, const Views& g, const Workspace& workspace,
+                 const Stream& stream);
+void kron_small_quadratic(const Views& weights, const Views& biases, const Views& a, const Views& g, double* out,
+                          const Workspace& workspace, const Stream& stream);
+void ncl_small_step_(const Views& weights, const Views& biases, const Views& weight_grads, const Views& bias_grads, const Views& m,
+                     const Views& h, const Views& a, const Views& g, double lr, double momentum, double strength,
+                     const Workspace& workspace, const Stream& stream);
+void ncl_small_direction_(const Views& m, const Views& v, const Views& weight_grads, const Views& bias_grads, const Views& h,
+                          const Views& a, const Views& g, double momentum, double strength, double* products, const Workspace& workspace,
+                          const Stream& stream);
+void ncl_momentum_(const Views& m, const Views& h, const Views& weight_grads, const Views& bias_grads, double momentum, double strength,
+                   const double* lr, const Stream& stream);
+void ncl_apply_(const Views& weights, const Views& biases, const Views& h, const Views& v, const Views& m, const double* step,
+                const Stream& stream);
+
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read on uint8 tensors; and a sweep that only reads
 // contiguous tensors, whose words it folds into one.
 void yardstick_(const Views& written, const Views& read, const Stream& stream);

@@ -123,6 +123,14 @@ class List {
     return nullptr;
   }
 
+  // Adds an entry that no view describes, in a list with a block per entry: these words stand behind the form.
+  void add_words(const std::vector<int64_t>& own) {
+    const size_t at = pool_.size();
+    pool_.insert(pool_.end(), {1, 0});
+    pool_.insert(pool_.end(), own.begin(), own.end());
+    entries_.push_back({1, at, pool_.size() - at});
+  }
+
   // Splits the list so that each launch fits into a packet of the given capacity.
   std::vector<Launch> launches(size_t max_tensors, size_t max_words, int64_t max_chunks = kMaxBlocks) const {
     std::vector<Launch> out;
