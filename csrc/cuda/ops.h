@@ -6,6 +6,7 @@
 
 #include "core/child_mask.h"
 #include "core/importance.h"
+#include "core/low_rank.h"
 #include "core/optimizers.h"
 #include "core/transforms.h"
 #include "cuda/device.h"
@@ -74,6 +75,18 @@ void ncl_momentum_(const Views& m, const Views& h, const Views& weight_grads, co
                    const double* lr, const Stream& stream);
 void ncl_apply_(const Views& weights, const Views& biases, const Views& h, const Views& v, const Views& m, const double* step,
                 const Stream& stream);
+
+// A precision of low rank plus a diagonal; see cpu/ops.h. What is a pointer is in device memory.
+void low_rank_products(const Views& vectors, const Views& diagonal, const Views& basis, bool inverse, double* out,
+                       const Workspace& workspace, const Stream& stream);
+void low_rank_update_(const Views& grads, const Views& diagonal, const Views& basis, const double* coefficients, const Stream& stream);
+void low_rank_step_products(const LowRankStep& step, double* out, const Workspace& workspace, const Stream& stream);
+void low_rank_step_update_(const LowRankStep& step, const double* coefficients, const double* size, const Stream& stream);
+void low_rank_gram(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors, double* products,
+                   const Workspace& workspace, const Stream& stream);
+void low_rank_compress_(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors,
+                        const double* mix, double* products, const Workspace& workspace, const Stream& stream);
+void low_rank_rotate_(const Views& basis, const double* mix, double* products, const Workspace& workspace, const Stream& stream);
 
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read on uint8 tensors; and a sweep that only reads
 // contiguous tensors, whose words it folds into one.

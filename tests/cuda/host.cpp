@@ -497,6 +497,10 @@ int main(int argc, char** argv) {
       {"compact", compact},
       {"sgd", sgd},
       {"transformed_dot", transformed_dot},
+      {"layers", ::layers},
+      {"ncl_sweeps", ncl_sweeps},
+      {"low_rank_sweeps", low_rank_sweeps},
+      {"low_rank_append", low_rank_append},
   };
   const auto found = cases.find(argc > 1 ? argv[1] : "");
   if (found == cases.end()) {

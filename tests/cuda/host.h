@@ -217,6 +217,30 @@ inline std::vector<uint64_t> random_mask(int64_t elements) {
   return words;
 }
 
+// Runs a phase for all threads of a block in turn. The order must not matter: in a phase they share nothing. What nobody has written is
+// NaN.
+template <class Own, int kCount>
+struct Team {
+  std::vector<Own> own;
+  bool backwards;
+
+  explicit Team(bool backwards) : own(kCount), backwards(backwards) {
+    std::memset(static_cast<void*>(own.data()), 0xff, own.size() * sizeof(Own));
+  }
+  template <class Phase>
+  void each(const Phase& phase) {
+    for (int t = 0; t < kCount; ++t) {
+      const int thread = backwards ? kCount - 1 - t : t;
+      phase(thread, own[size_t(thread)]);
+    }
+  }
+  void leave(double* out) {
+    std::vector<double> totals;
+    for (const Own& o : own) totals.push_back(o.total);
+    *out = add_as_tree(totals);
+  }
+};
+
 }  // namespace host
 
 // The cases of the other files.
@@ -229,3 +253,7 @@ void adamw();
 void compact();
 void sgd();
 void transformed_dot();
+void layers();
+void ncl_sweeps();
+void low_rank_sweeps();
+void low_rank_append();
