@@ -16,12 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = (
     *("soft_mask", "importance", "importance_spg", "importance_fisher", "projection", "child_mask", "pull", "bit_mask", "quantile"),
-    *("optimizers", "optimizers_sgd", "yardstick"),
+    *("optimizers", "optimizers_sgd", "kronecker", "low_rank", "yardstick"),
 )
 DISASSEMBLED = tuple(name for name in KERNEL_FILES if name != "yardstick")
 HOST_CASES = (
     *("plan", "dimensions", "quotients", "pairs", "spg", "dots", "project", "combine", "gram"),
     *("child_mask", "bit_mask", "pull", "fisher", "radix", "adamw", "compact", "sgd", "transformed_dot"),
+    *("layers", "ncl_sweeps", "low_rank_sweeps", "low_rank_append"),
 )
 
 
@@ -105,6 +106,19 @@ def test_registers_leave_room_for_two_blocks(logs: dict[str, str]) -> None:
         registers = [int(r) for r in re.findall(r"Used (\d+) registers", log)]
         assert registers, name
         assert max(registers) <= 128, f"{name}: {max(registers)} registers"
+
+
+def _registers(log: str, kernel: str) -> list[int]:
+    found = re.findall(rf"Compiling entry function '\w*{kernel}\w*'[\s\S]*?Used (\d+) registers", log)
+    assert found, kernel
+    return [int(r) for r in found]
+
+
+def test_blocks_of_layers_fit_into_the_registers(logs: dict[str, str]) -> None:
+    """Blocks of 512 threads: two of the narrow tile on a multiprocessor, one of the wide ones."""
+    assert max(_registers(logs["kronecker"], "layer_kernelIfLi2ELi5E")) <= 64
+    assert max(_registers(logs["kronecker"], "layer_kernelIfLi4ELi9E")) <= 128
+    assert max(_registers(logs["kronecker"], "layer_kernelIdLi4ELi9E")) <= 128
 
 
 def test_no_undefined_cuda_or_torch_symbols(library: Path) -> None:
@@ -246,6 +260,13 @@ def test_new_sweeps_move_in_vectors(sass: dict[str, dict[str, str]]) -> None:
         ("quantile", "radix_kernelIj"): (1, 0),
         ("optimizers", "12adamw_kernelIf"): (4, 3),
         ("optimizers_sgd", "sgd_kernelIfLb1"): (3, 2),
+        ("kronecker", "ncl_momentum_kernelIf"): (3, 2),
+        ("kronecker", "ncl_apply_kernelIf"): (4, 2),
+        # The rows of the basis, four or eight at a time, come on top of the vectors.
+        ("low_rank", "low_rank_sums_kernelIfLb0"): (2 + 8, 0),
+        ("low_rank", "low_rank_sums_kernelIfLb1"): (5 + 8, 0),
+        ("low_rank", "low_rank_update_kernelIfLb0"): (2 + 8, 1),
+        ("low_rank", "low_rank_update_kernelIfLb1"): (5 + 8, 2),
     }
     for (family, kernel), (loads, stores) in expected.items():
         for body in _kernels(sass[family], kernel):
@@ -255,7 +276,7 @@ def test_new_sweeps_move_in_vectors(sass: dict[str, dict[str, str]]) -> None:
 
 
 def test_sums_in_a_fixed_order_use_no_atomics(sass: dict[str, dict[str, str]]) -> None:
-    for family in ("importance_fisher", "optimizers", "optimizers_sgd"):
+    for family in ("importance_fisher", "optimizers", "optimizers_sgd", "kronecker", "low_rank"):
         for body in _kernels(sass[family], "kernel"):
             assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b", body), family
     for body in _kernels(sass["quantile"], "radix_kernel"):
@@ -274,3 +295,32 @@ def test_adamw_fuses_where_the_definition_does(sass: dict[str, dict[str, str]]) 
         assert "FFMA" in body
         assert "MUFU.RSQ" in body, "the root"
         assert "MUFU.RCP" in body, "the quotient"
+
+
+def test_layers_multiply_from_shared_memory(sass: dict[str, dict[str, str]]) -> None:
+    """Each multiply-add is fused, and of the words that it takes most come from registers."""
+    for tile, least in (("Li4ELi9E", 3.0), ("Li2ELi5E", 1.4)):
+        for body in _kernels(sass["kronecker"], f"layer_kernelIf{tile}"):
+            # The inner loop's, unrolled: what lies between two barriers and multiplies.
+            parts = [part for part in body.split("BAR.SYNC") if part.count("FFMA") > 36]
+            assert len(parts) == 2, "two products"
+            for part in parts:
+                assert part.count("FFMA") >= least * len(re.findall(r"\bLDS\b", part))
+            assert not re.search(r"\b(LDL|STL)\b", body), "local memory"
+            assert not re.search(r"\bLD\.E\b|\bST\.E\b", body), "generic addresses"
+    for body in _kernels(sass["kronecker"], "layer_kernelId"):
+        assert "DFMA" in body
+        assert not re.search(r"\b(LDL|STL|DMUL)\b", body.split("BAR.SYNC")[2])
+
+
+def test_rows_of_a_basis_are_on_their_way_together(sass: dict[str, dict[str, str]]) -> None:
+    for kernel in ("low_rank_sums_kernelIfLb0", "low_rank_sums_kernelIfLb1", "low_rank_update_kernelIfLb0", "low_rank_update_kernelIfLb1"):
+        for body in _kernels(sass["low_rank"], kernel):
+            assert re.search(r"(LDG\.E\.128(?:(?!FFMA|SHFL|STG)[\s\S])*){4}", body), kernel
+
+
+def test_products_of_rows_are_double(sass: dict[str, dict[str, str]]) -> None:
+    for kernel in ("low_rank_products_kernelIf", "low_rank_mix_kernelIf"):
+        for body in _kernels(sass["low_rank"], kernel):
+            assert "DFMA" in body
+            assert "LDS" in body

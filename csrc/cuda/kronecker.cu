@@ -55,9 +55,6 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* parts, in
   if (threadIdx.x == 0) *out = sum;
 }
 
-// Every GPU since sm_80 grants a block as much.
-constexpr int64_t kMostShared = 96 * 1024;
-
 template <class C, int kRows, int kColumns, class Layers>
 void run_tile(const char* name, const Layers& layers, const LayerTask& task, C* spilled, double* out, const Stream& stream) {
   static_assert(std::is_same_v<typename Layers::Tile, LayerTile<C, kRows, kColumns>>, "the kernel's tile is the plan's");

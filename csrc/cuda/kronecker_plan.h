@@ -20,6 +20,9 @@ inline void describe_tensors(const View& weight, const View& bias, std::vector<i
   for (int d = 0; d < row.ndim(); ++d) words.insert(words.end(), {row.sizes[size_t(d)], *row.stride(d)});
 }
 
+// Every GPU since sm_80 grants a block as many bytes.
+constexpr int64_t kMostShared = 96 * 1024;
+
 // The layers that one tile serves.
 template <class TileOf>
 struct TiledLayers {
@@ -82,6 +85,10 @@ struct SmallLayers {
 static_assert(decltype(SmallLayers::wide)::Tile::most_m >= kSmallRows && decltype(SmallLayers::wide)::Tile::ldn >= kSmallColumns &&
                   decltype(SmallLayers::twice)::Tile::most_m >= kSmallRows && decltype(SmallLayers::twice)::Tile::ldn >= kSmallColumns,
               "the wide tiles serve all layers");
+static_assert(sizeof(float) * (decltype(SmallLayers::wide)::Tile::buffer(kSmallRows, kSmallColumns) +
+                               decltype(SmallLayers::wide)::Tile::stage(kSmallRows)) <=
+                  size_t(kMostShared),
+              "floats fit");
 
 // The columns of a padded [m, n] matrix that a layer's weight or bias takes, in that tensor's shape.
 class Columns {

@@ -6,6 +6,8 @@
 
 namespace fastcl::cuda {
 
+static_assert(mix_doubles(kMostRows) * sizeof(double) <= 96 * 1024, "every GPU since sm_80 grants a block as many bytes");
+
 inline int rank_of(const Views& basis) { return basis.empty() ? 0 : int(basis[0].shape[0]); }
 
 // A tensor of a row of the basis.

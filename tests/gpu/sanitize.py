@@ -124,6 +124,41 @@ def optimizers() -> None:
         ops.adamw_(whole, grads, *own, steps, lr=1e-3, transforms=transforms[2:3], compact=compact)
 
 
+def padded(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(m, -(-n // 16) * 16, device="cuda").to(dtype)[:, :n]
+
+
+def layers() -> None:
+    """Every tile of the small layers, at their limits and inside, and large layers, whose rows are padded."""
+    sizes = [(1, 1), (32, 32), (64, 64), (65, 30), (128, 128), (127, 7), (130, 20), (40, 300)]
+    for dtype, own, layout in itertools.product(FLOATING, (torch.float64, torch.float32), range(2)):
+        weights = [variants(torch.randn(s, device="cuda").to(dtype))[2 * layout] for s in sizes]
+        params = [(w, torch.randn(len(w), device="cuda").to(dtype)) if k % 4 else w for k, w in enumerate(weights)]
+        grads = [(p[0].clone(), p[1].clone()) if isinstance(p, tuple) else p.clone() for p in params]
+        columns = [n + (k % 4 > 0) for k, (_, n) in enumerate(sizes)]
+        m, h, v = ([padded(rows, n, own) for (rows, _), n in zip(sizes, columns, strict=True)] for _ in range(3))
+        factors = [(padded(n, n, own), padded(rows, rows, own)) for (rows, _), n in zip(sizes, columns, strict=True)]
+        ops.ncl_step_(params, grads, m, h, factors, 0.01)
+        ops.ncl_step_(params, grads, m, h, factors, 0.01, radius=1.0, workspace=v)
+        ops.kron_quadratic(params, factors)
+        ops.kron_solve_(params, factors)
+
+
+def low_rank() -> None:
+    shapes = [*SHAPES, (17000,)]
+    for dtype, own, rank in itertools.product(FLOATING, (torch.float64, torch.float32), (0, 5, 70)):
+        whole = [torch.randn(s, device="cuda") for s in shapes]
+        params, grads = ([variants(t.to(dtype))[(k + n) % (3 if t.dim() == 2 else 2)] for k, t in enumerate(whole)] for n in range(2))
+        momenta, anchors, diagonal = ([t.abs().add(0.5).to(own) for t in whole] for _ in range(3))
+        basis = [torch.randn(rank, *s, device="cuda").to(own) / 100 for s in shapes]
+        sigma = torch.linspace(1, 0.1, rank, dtype=torch.float64, device="cuda")
+        ops.low_rank_step_(params, grads, momenta, anchors, diagonal, basis, sigma, 0.01, radius=1.0)
+        ops.low_rank_step_(params, grads, [], [], diagonal, basis, sigma, 0.01, 0.0, 0.0)
+        ops.low_rank_quadratic(params, diagonal, basis, sigma)
+        ops.low_rank_solve_(grads, diagonal, basis, sigma)
+        ops.low_rank_append_(diagonal, basis, sigma, [[t.to(FLOATING[k]) for t in whole] for k in range(3)])
+
+
 def yardsticks() -> None:
     module = _native.module("_C_cuda")
     for n in (16, 1003, 100_000):
@@ -135,7 +170,7 @@ def yardsticks() -> None:
 
 if __name__ == "__main__":
     with use_backend("cuda"):
-        for part in (pairs, spg, projections, sweeps, optimizers, many, yardsticks):
+        for part in (pairs, spg, projections, sweeps, optimizers, layers, low_rank, many, yardsticks):
             part()
             torch.cuda.synchronize()
             print(part.__name__, "done", flush=True)
