@@ -33,6 +33,7 @@ struct View {
       contiguous = contiguous && (shape[d] == 1 || strides[d] == elements);
       elements *= shape[d];
     }
+    contiguous = contiguous || elements == 0;  // torch gives an empty tensor strides as if its sizes were at least 1
   }
 
   int64_t numel() const { return elements; }

@@ -63,13 +63,11 @@ FASTCL_HD void low_rank_sums(const P& p, const Chunk& c, int begin, int end, int
   for (int round = begin; round < end; round += kThreads * U * V) {
     C z[U][V] = {}, y[kStep ? U : 1][kStep ? V : 1] = {};
     int64_t place[U];
-    bool valid[U];
     FASTCL_UNROLL
     for (int u = 0; u < U; ++u) {
       const int at = round + (u * kThreads + thread) * V;
-      valid[u] = at < end;
-      place[u] = c.begin + (valid[u] ? at : begin);
-      if (!valid[u]) continue;
+      place[u] = c.begin + (at < end ? at : begin);
+      if (at >= end) continue;
       const Site<V, P> site{p, c.entry, c.form, c.begin + at};
       C d[V];
       site.read(kDiagonal, d);
@@ -118,9 +116,8 @@ FASTCL_HD void low_rank_sums(const P& p, const Chunk& c, int begin, int end, int
           const Elements<C, V> e = q[r][u].elements();
           FASTCL_UNROLL
           for (int k = 0; k < V; ++k) {
-            const C x = valid[u] ? e.x[k] : C(0);
-            sum_z = multiply_add(x, z[u][k], sum_z);
-            if constexpr (kStep) sum_y = multiply_add(x, y[u][k], sum_y);
+            sum_z = multiply_add(e.x[k], z[u][k], sum_z);
+            if constexpr (kStep) sum_y = multiply_add(e.x[k], y[u][k], sum_y);
           }
         }
         along_z[r] = double(sum_z);

@@ -46,7 +46,7 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(DEVICE, dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(DEVICE, dtype)
 
     def padded(self, m: int, n: int, dtype: torch.dtype) -> Tensor:
         out = torch.full((m, -(-n // 16) * 16), float("nan"), dtype=dtype, device=DEVICE)[:, :n]
@@ -83,7 +83,8 @@ def precision(shapes: list[tuple[int, ...]], own: torch.dtype, rank: int, seed: 
     parts = torch.split(rows, counts, dim=1)
     diagonal = [(0.5 + draw.normal(*s).abs()).to(own) for s in shapes]
     sigma = torch.logspace(1, -1, max(rank, 1), dtype=torch.float64, device=DEVICE)[:rank]
-    return diagonal, [p.reshape(rank, *s).to(own).contiguous() for p, s in zip(parts, shapes, strict=True)], sigma
+    basis = [torch.empty(rank, *s, dtype=own, device=DEVICE).copy_(p.reshape(rank, *s)) for p, s in zip(parts, shapes, strict=True)]
+    return diagonal, basis, sigma
 
 
 def low_rank(shapes: list[tuple[int, ...]], dtype: torch.dtype, own: torch.dtype, rank: int = RANK, seed: int = 0) -> list[Any]:
@@ -119,7 +120,7 @@ def flat(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("own", FACTORS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_error(backend, op, own, dtype):
-    """At most twice that of the definition in the same dtypes."""
+    """At most twice that of the definition in the same dtypes; in float64, of which the exact values are too, 64 roundings."""
     call = CALLS[op][0]
     args = arguments(op, dtype, own)
     same, exact = clone(args), clone(args, torch.float64)
@@ -128,7 +129,8 @@ def test_error(backend, op, own, dtype):
     found = flat((call(*args), args))
     for value, eager, true in zip(found, *results, strict=True):
         scale = float(true.abs().max()) if true.numel() else 0.0
-        allowed = 2 * largest_error([eager], [true]) + 8 * max(unit_roundoff(own), unit_roundoff(value.dtype)) * scale
+        unit = max(unit_roundoff(own), unit_roundoff(value.dtype))
+        allowed = 2 * largest_error([eager], [true]) + (64 if dtype == own == torch.float64 else 8) * unit * scale
         assert largest_error([value], [true]) <= allowed
 
 
