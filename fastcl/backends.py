@@ -37,6 +37,13 @@ STAGES = {
     "fisher_squares": "importance",
     "fisher_update_": "importance",
     "child_mask_at_": "child_mask",
+    "low_rank_products": "low_rank",
+    "low_rank_update_": "low_rank",
+    "low_rank_step_products": "low_rank",
+    "low_rank_step_update_": "low_rank",
+    "low_rank_gram": "low_rank",
+    "low_rank_compress_": "low_rank",
+    "low_rank_rotate_": "low_rank",
 }
 
 
