@@ -13,6 +13,7 @@
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
 #include "bind/gated_kronecker.h"
+#include "bind/gated_low_rank.h"
 #include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
@@ -91,6 +92,26 @@ class Cuda {
   void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cuda::sgd_(inputs, rule, workspace(), stream_); }
   void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
     cuda::transformed_dot(inputs, reference, out, workspace(), stream_);
+  }
+  void low_rank_products(const Views& vectors, const Views& diagonal, const Views& basis, bool inverse, double* out) {
+    cuda::low_rank_products(vectors, diagonal, basis, inverse, out, workspace(), stream_);
+  }
+  void low_rank_update_(const Views& grads, const Views& diagonal, const Views& basis, const double* coefficients) {
+    cuda::low_rank_update_(grads, diagonal, basis, coefficients, stream_);
+  }
+  void low_rank_step_products(const LowRankStep& step, double* out) { cuda::low_rank_step_products(step, out, workspace(), stream_); }
+  void low_rank_step_update_(const LowRankStep& step, const double* coefficients, const double* size) {
+    cuda::low_rank_step_update_(step, coefficients, size, stream_);
+  }
+  void low_rank_gram(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors, double* products) {
+    cuda::low_rank_gram(diagonal, basis, sigma, vectors, products, workspace(), stream_);
+  }
+  void low_rank_compress_(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors,
+                          const double* mix, double* products) {
+    cuda::low_rank_compress_(diagonal, basis, sigma, vectors, mix, products, workspace(), stream_);
+  }
+  void low_rank_rotate_(const Views& basis, const double* mix, double* products) {
+    cuda::low_rank_rotate_(basis, mix, products, workspace(), stream_);
   }
   void kron_small_(const Views& w, const Views& b, const Views& a, const Views& g) { cuda::kron_small_(w, b, a, g, workspace(), stream_); }
   void kron_small_quadratic(const Views& w, const Views& b, const Views& a, const Views& g, double* out) {
@@ -172,6 +193,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   define_bit_mask<Cuda>(m);
   define_quantile<Cuda>(m);
   define_optimizers<Cuda>(m);
+  define_low_rank<Cuda>(m);
   define_kronecker<Cuda>(m);
   m.def("yardstick_", &Gated<Cuda>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");
