@@ -9,6 +9,8 @@ namespace fastcl::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
+// On a multiprocessor: with more the compiler would save registers, and hold back loads.
+constexpr int kBlocks = 3;
 
 // A warp's sums, in shared memory.
 struct WarpSums {
@@ -33,7 +35,7 @@ struct WarpSums {
 
 // parts[sum][chunk of all launches]
 template <class C, bool kStep, class P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     low_rank_sums_kernel(const __grid_constant__ P packet, int rank, const LowRankRule rule, double* parts, int64_t chunks) {
   extern __shared__ double memory[];
   const int slots = kStep ? 2 * rank + 3 : rank + 1, thread = int(threadIdx.x);
@@ -58,8 +60,9 @@ __global__ void __launch_bounds__(kThreads) low_rank_finish_kernel(const double*
 }
 
 template <class C, bool kStep, class P>
-__global__ void __launch_bounds__(kThreads) low_rank_update_kernel(const __grid_constant__ P packet, int rank, const LowRankRule rule,
-                                                                   const double* coefficients, const double* step) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    low_rank_update_kernel(const __grid_constant__ P packet, int rank, const LowRankRule rule, const double* coefficients,
+                           const double* step) {
   __shared__ C own[kMostRows];
   const int thread = int(threadIdx.x);
   for (int r = thread; r < rank; r += kThreads) own[r] = C(coefficients[r]);
@@ -177,7 +180,7 @@ void run_products(const char* name, const Views& diagonal, const Views& basis, c
 }
 
 template <class C, class P>
-__global__ void __launch_bounds__(kThreads) low_rank_mix_kernel(const __grid_constant__ P packet, const RowMix mix) {
+__global__ void __launch_bounds__(kThreads, kBlocks) low_rank_mix_kernel(const __grid_constant__ P packet, const RowMix mix) {
   extern __shared__ double memory[];
   BlockTeam<NothingKept> team;
   mix_block<C>(packet, blockIdx.x, mix, memory, team);
