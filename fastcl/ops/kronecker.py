@@ -190,8 +190,8 @@ def kron_merge(B_L: Tensor, B_R: Tensor, C_L: Tensor, C_R: Tensor, rule: str = "
     * ``"kl"``: minimises ``log|L x R| + tr((L x R)^-1 (B_L x B_R + C_L x C_R))``, the divergence between the Gaussians of these
       precisions' inverses (Kao, Jensen et al., NeurIPS 2021, appendix). The optimum is ``L = e0 B_L + e1 C_L, R = f0 B_R + f1 C_R``: with
       ``d_L`` and ``d_R`` the generalised eigenvalues of ``(C_L, B_L)`` and ``(C_R, B_R)``, four scalars are iterated,
-      ``f_j = mean(d_L^j / (e0 + e1 d_L))`` and ``e_j = mean(d_R^j / (f0 + f1 d_R))``, until they are still to 1e-14. k identical tasks
-      give k F.
+      ``f_j = mean(d_L^j / (e0 + e1 d_L))`` and ``e_j = mean(d_R^j / (f0 + f1 d_R))``, until they are still to 1e-14. k identical
+      tasks give k F.
     * ``"pi"``: ``L = B_L + pi C_L, R = B_R + C_R / pi`` with ``pi = sqrt(tr B_L tr C_R / (tr C_L tr B_R))`` (Martens and Grosse 2015).
       k identical tasks give k^2 F.
     * ``"frobenius"``: the nearest one in the Frobenius norm (Van Loan and Pitsianis 1993), from the Gram matrices of both sides.
