@@ -31,8 +31,8 @@ def kron_solve_(grads: Sequence[Layer], inverse_factors: Sequence[Factors]) -> N
     Args:
         grads: for each layer its weight's gradient, at least two dimensions, outputs first, or a pair (weight's, bias's); the bias may be
             None. Dense tensors on one device, float64, float32, bfloat16 or float16, any strides; written. They may not share memory.
-        inverse_factors: for each layer the pair ``(A^-1 [n, n], G^-1 [m, m])``, float64 or float32, all of one dtype, contiguous rows at
-            any distance; a factor with one dimension ([n] or [m]) is diagonal.
+        inverse_factors: for each layer the pair ``(A^-1 [n, n], G^-1 [m, m])``, both float64 or both float32, contiguous rows at any
+            distance; a factor with one dimension ([n] or [m]) is diagonal.
 
     Raises:
         TypeError: not a list of layers or pairs, a dtype that is not accepted, a DTensor (:class:`fastcl.optim.NCL` takes those).
