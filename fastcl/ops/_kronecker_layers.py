@@ -100,10 +100,13 @@ def for_dispatcher(**lists: Sequence[Tensor]) -> None:
             )
 
 
-def accepted(layers: Layers, written: Sequence[Sequence[Tensor]], grad_mode: bool) -> bool:
-    """Whether all tensors are of the plainest kind and fit. False says nothing yet: then the checks that name things decide."""
+def accepted(layers: Layers, written: Sequence[Sequence[Tensor]], grad_mode: bool, absent: Sequence[str] = ()) -> bool:
+    """Whether all tensors are of the plainest kind and fit, ``absent`` being the lists that the op does not have.
+
+    False says nothing yet: then the checks that name things decide.
+    """
     A = layers.A
-    if not A or any(len(t) != len(A) for t in vars(layers).values() if t):
+    if not A or any(len(t) != len(A) for name, t in vars(layers).items() if name not in absent):
         return False
     device, on_cpu, dtype = A[0].get_device(), A[0].is_cpu, A[0].dtype
     if dtype not in FACTORS or not (on_cpu or A[0].is_cuda):

@@ -17,6 +17,7 @@ from fastcl.ops._kronecker_steps import Stage
 from fastcl.reference import kronecker as definition
 
 Tensors = Sequence[Tensor]
+SOLVED_WITHOUT = ("weight_grads", "bias_grads", "M", "H", "V")
 
 
 def solve_now(layers: Layers) -> bool:
@@ -26,7 +27,7 @@ def solve_now(layers: Layers) -> bool:
         if done:
             _dispatch.bump_versions(layers.biases)
         return done
-    stage = _ready(layers, (layers.weights, layers.biases))
+    stage = _ready(layers, (layers.weights, layers.biases), SOLVED_WITHOUT)
     if stage is None:
         return False
     with _kronecker_steps.exact_products(layers.A[0].device):
@@ -36,7 +37,7 @@ def solve_now(layers: Layers) -> bool:
 
 def quadratic_now(layers: Layers) -> Tensor | None:
     """The result; None: nothing was done."""
-    stage = _ready(layers, ())
+    stage = _ready(layers, (), SOLVED_WITHOUT)
     if stage is None:
         return None
     with _kronecker_steps.exact_products(layers.A[0].device):
@@ -56,11 +57,11 @@ def step_now(layers: Layers, lr: float | Tensor, momentum: float, strength: floa
     numbers = [momentum, strength, 1.0 if radius is None else radius, *([] if isinstance(lr, Tensor) else [lr])]
     if radius == 0 or not all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in numbers):
         return False
-    if isinstance(lr, Tensor) and (type(lr) is not Tensor or lr.dim() or lr.get_device() != layers.A[0].get_device()):
+    if isinstance(lr, Tensor) and (type(lr) is not Tensor or lr.dim() or lr.device != layers.A[0].device):
         return False
     if isinstance(lr, Tensor) and (lr.dtype not in (torch.float64, torch.float32) or lr.is_neg()):
         return False
-    stage = _ready(layers, (layers.weights, layers.biases, layers.M, layers.H, layers.V))
+    stage = _ready(layers, (layers.weights, layers.biases, layers.M, layers.H, layers.V), () if layers.V else ("V",))
     if stage is None:
         return False
     with _kronecker_steps.exact_products(layers.A[0].device):
@@ -73,7 +74,7 @@ def direction_now(layers: Layers, momentum: float, strength: float) -> Tensor | 
     if not all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in (momentum, strength)):
         return None
     stage = _ready(layers, (layers.M, layers.V))
-    if stage is None or not layers.V:
+    if stage is None:
         return None
     with _kronecker_steps.exact_products(layers.A[0].device):
         return _kronecker_steps.direction_(layers, momentum, strength, stage)
@@ -92,9 +93,9 @@ def _native(layers: Layers) -> bool:
     return len(layers.A) > 0 and backends.serving(getattr(layers.A[0].device, "type", "cpu")) in backends.NATIVE
 
 
-def _ready(layers: Layers, written: Sequence[list[Tensor]]) -> Stage | None:
+def _ready(layers: Layers, written: Sequence[list[Tensor]], absent: Sequence[str] = ()) -> Stage | None:
     """The stages of the compiled module, where it serves and the quick look at all tensors finds nothing to ask."""
-    if _native(layers) and accepted(layers, written, torch.is_grad_enabled()):
+    if _native(layers) and accepted(layers, written, torch.is_grad_enabled(), absent):
         return _stages(layers.A[0].device)
     return None
 
