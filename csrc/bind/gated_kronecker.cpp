@@ -24,7 +24,7 @@ bool KroneckerArguments::take_layers(const char* weights_name, const Object& wei
     const bool biased = b[i].elements > 0;
     if (biased && (b[i].ndim != 1 || b[i].elements != rows)) return gate.refuse(biases_name, i, "has not one element for each row");
     Size& size = sizes_[i];
-    if (size.rows < 0) size = {rows, inputs, inputs + biased, biased, DType::other};
+    if (size.rows < 0) size = {rows, inputs, inputs + biased, biased};
     if (size.rows != rows || size.inputs != inputs) return gate.refuse(weights_name, i, "has another shape");
     if (size.biased != biased) return gate.refuse(biases_name, i, "is there or not, unlike its partner");
   }
@@ -32,12 +32,12 @@ bool KroneckerArguments::take_layers(const char* weights_name, const Object& wei
 }
 
 bool KroneckerArguments::fits(const char* name, size_t i, const View& v, int64_t rows, int64_t columns) {
-  Size& size = sizes_[i];
   if (v.ndim != 2 || v.shape[0] != rows || v.shape[1] != columns) return gate.refuse(name, i, "has another shape");
-  if (v.shape[1] > 1 && v.strides[1] != 1) return gate.refuse(name, i, "has a last stride that is not 1");
+  if (v.elements > 0 && v.shape[1] > 1 && v.strides[1] != 1) return gate.refuse(name, i, "has a last stride that is not 1");
   if (v.dtype != DType::f32 && v.dtype != DType::f64) return gate.refuse(name, i, "is not float32 or float64");
-  if (size.type == DType::other) size.type = v.dtype;
-  return v.dtype == size.type || gate.refuse(name, i, "is not of the dtype that its layer computes in");
+  if (v.elements > 0 && rows > 1 && v.strides[0] < columns) return gate.refuse(name, i, "has rows that overlap");
+  if (type_ == DType::other) type_ = v.dtype;
+  return v.dtype == type_ || gate.refuse(name, i, "is not of the dtype that the others have");
 }
 
 bool KroneckerArguments::take_matrices(const char* name, const Object& list, Access access, Views& out) {
@@ -47,7 +47,6 @@ bool KroneckerArguments::take_matrices(const char* name, const Object& list, Acc
     // Whether a layer without outputs has a bias does not show elsewhere.
     if (size.rows == 0 && out[i].ndim == 2 && out[i].shape[1] == size.inputs + 1) size.columns = size.inputs + 1;
     if (!fits(name, i, out[i], size.rows, size.columns)) return false;
-    if (size.rows > 1 && out[i].strides[0] < size.columns) return gate.refuse(name, i, "has rows that overlap");
   }
   return true;
 }
