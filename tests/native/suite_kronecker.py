@@ -10,7 +10,7 @@ import _fastcl_numpy as native
 import numpy as np
 import pytest
 from arrays import FLOATING, STORAGE, decode, encode, layouts, operand, same_bits, strided
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from suite_ops import ROUNDING
 
@@ -184,6 +184,7 @@ def test_every_side_of_a_tile(dtype: str, compute: str) -> None:
     check(some_layers(dtype, dtype, compute))
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(FLOATING), st.sampled_from(FLOATING), st.sampled_from(("f32", "f64")))
 def test_any_layout(data: st.DataObject, dtype: str, grad_dtype: str, compute: str) -> None:
     layers = Layers(dtype, grad_dtype, compute)
