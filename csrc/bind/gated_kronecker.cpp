@@ -24,7 +24,7 @@ bool KroneckerArguments::take_layers(const char* weights_name, const Object& wei
     const bool biased = b[i].elements > 0;
     if (biased && (b[i].ndim != 1 || b[i].elements != rows)) return gate.refuse(biases_name, i, "has not one element for each row");
     Size& size = sizes_[i];
-    if (size.rows < 0) size = {rows, inputs, inputs + biased, biased};
+    if (size.rows < 0) size = {rows, inputs, inputs + biased, biased, DType::other};
     if (size.rows != rows || size.inputs != inputs) return gate.refuse(weights_name, i, "has another shape");
     if (size.biased != biased) return gate.refuse(biases_name, i, "is there or not, unlike its partner");
   }
@@ -36,8 +36,9 @@ bool KroneckerArguments::fits(const char* name, size_t i, const View& v, int64_t
   if (v.elements > 0 && v.shape[1] > 1 && v.strides[1] != 1) return gate.refuse(name, i, "has a last stride that is not 1");
   if (v.dtype != DType::f32 && v.dtype != DType::f64) return gate.refuse(name, i, "is not float32 or float64");
   if (v.elements > 0 && rows > 1 && v.strides[0] < columns) return gate.refuse(name, i, "has rows that overlap");
-  if (type_ == DType::other) type_ = v.dtype;
-  return v.dtype == type_ || gate.refuse(name, i, "is not of the dtype that the others have");
+  DType& type = sizes_[i].type;
+  if (type == DType::other) type = v.dtype;
+  return v.dtype == type || gate.refuse(name, i, "is not of the dtype that its layer computes in");
 }
 
 bool KroneckerArguments::take_matrices(const char* name, const Object& list, Access access, Views& out) {

@@ -20,7 +20,7 @@ class KroneckerArguments {
 
   bool take_layers(const char* weights_name, const Object& weights, const char* biases_name, const Object& biases, Access access, Views& w,
                    Views& b);
-  // [m, n] of the type that all layers compute in, with rows of unit stride.
+  // [m, n] of the type that the layer computes in, with rows of unit stride.
   bool take_matrices(const char* name, const Object& list, Access access, Views& out);
   // [n, n] and [m, m], of small layers.
   bool take_factors(const char* a_name, const Object& a, const char* g_name, const Object& g, Views& a_out, Views& g_out);
@@ -31,9 +31,9 @@ class KroneckerArguments {
   struct Size {
     int64_t rows = -1, inputs = -1, columns = -1;  // -1: not known yet
     bool biased = false;
+    DType type = DType::other;  // of the layer's factors and matrices
   };
   std::vector<Size> sizes_;
-  DType type_ = DType::other;  // of all factors and matrices
   bool counted_ = false;
 
   bool count(const char* name, size_t length);

@@ -204,6 +204,15 @@ def test_a_momentum_sweep_without_a_learning_rate_only_reads_h() -> None:
     assert [raw(h) for h in own["H"]] == before
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_layers_of_two_dtypes(stage: str) -> None:
+    own = arguments(stage)
+    for name in STAGES[stage]:
+        if name in MATRICES:
+            own[name][1] = own[name][1].double()
+    assert not isinstance(call(stage, own), str)
+
+
 def test_empty_lists() -> None:
     for stage in STAGES:
         own = {name: [] if isinstance(value, list) else value for name, value in arguments(stage).items()}
