@@ -19,7 +19,7 @@ UNAVAILABLE = _native.load("_C")
 pytestmark = pytest.mark.skipif(isinstance(UNAVAILABLE, str), reason=str(UNAVAILABLE))
 
 
-@pytest.mark.parametrize("suite", ["kinds", "arguments", "contexts", "soup", "optimizers"])
+@pytest.mark.parametrize("suite", ["kinds", "arguments", "contexts", "soup", "optimizers", "kronecker"])
 def test_gate(suite: str) -> None:
     pytest.importorskip("hypothesis")
     environment = {name: value for name, value in os.environ.items() if name != "FASTCL_BACKEND"}

@@ -32,12 +32,13 @@ bool KroneckerArguments::take_layers(const char* weights_name, const Object& wei
 }
 
 bool KroneckerArguments::fits(const char* name, size_t i, const View& v, int64_t rows, int64_t columns) {
-  Size& size = sizes_[i];
   if (v.ndim != 2 || v.shape[0] != rows || v.shape[1] != columns) return gate.refuse(name, i, "has another shape");
-  if (v.shape[1] > 1 && v.strides[1] != 1) return gate.refuse(name, i, "has a last stride that is not 1");
+  if (v.elements > 0 && v.shape[1] > 1 && v.strides[1] != 1) return gate.refuse(name, i, "has a last stride that is not 1");
   if (v.dtype != DType::f32 && v.dtype != DType::f64) return gate.refuse(name, i, "is not float32 or float64");
-  if (size.type == DType::other) size.type = v.dtype;
-  return v.dtype == size.type || gate.refuse(name, i, "is not of the dtype that its layer computes in");
+  if (v.elements > 0 && rows > 1 && v.strides[0] < columns) return gate.refuse(name, i, "has rows that overlap");
+  DType& type = sizes_[i].type;
+  if (type == DType::other) type = v.dtype;
+  return v.dtype == type || gate.refuse(name, i, "is not of the dtype that its layer computes in");
 }
 
 bool KroneckerArguments::take_matrices(const char* name, const Object& list, Access access, Views& out) {
@@ -47,7 +48,6 @@ bool KroneckerArguments::take_matrices(const char* name, const Object& list, Acc
     // Whether a layer without outputs has a bias does not show elsewhere.
     if (size.rows == 0 && out[i].ndim == 2 && out[i].shape[1] == size.inputs + 1) size.columns = size.inputs + 1;
     if (!fits(name, i, out[i], size.rows, size.columns)) return false;
-    if (size.rows > 1 && out[i].strides[0] < size.columns) return gate.refuse(name, i, "has rows that overlap");
   }
   return true;
 }

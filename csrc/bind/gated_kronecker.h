@@ -31,7 +31,7 @@ class KroneckerArguments {
   struct Size {
     int64_t rows = -1, inputs = -1, columns = -1;  // -1: not known yet
     bool biased = false;
-    DType type = DType::other;
+    DType type = DType::other;  // of the layer's factors and matrices
   };
   std::vector<Size> sizes_;
   bool counted_ = false;
@@ -71,8 +71,8 @@ struct GatedKronecker {
     double step = 0, rho = 0, lambda = 0;
     if (!(in.take_layers("weights", weights, "biases", biases, Access::writes, w, b) &&
           in.take_layers("weight_grads", weight_grads, "bias_grads", bias_grads, Access::reads, wg, bg) &&
-          in.take_matrices("M", m, Access::writes, dual) && in.take_matrices("H", h, Access::writes, pull) &&
-          in.take_factors("A_inv", a_inv, "G_inv", g_inv, right, left) &&
+          in.gate.same_shapes("weight_grads", wg, w) && in.take_matrices("M", m, Access::writes, dual) &&
+          in.take_matrices("H", h, Access::writes, pull) && in.take_factors("A_inv", a_inv, "G_inv", g_inv, right, left) &&
           in.gate.take_number("lr", lr, GatedProjection<Backend>::kAny, step) && in.take_numbers(momentum, strength, rho, lambda) &&
           in.apart({&w, &b, &dual, &pull}, {&wg, &bg, &right, &left})))
       return in.gate.verdict();
@@ -120,7 +120,9 @@ struct GatedKronecker {
     Views w, b, pull, direction, dual, one;
     if (!(in.take_layers("weights", weights, "biases", biases, Access::writes, w, b) && in.take_matrices("H", h, Access::writes, pull) &&
           in.take_matrices("V", v, Access::reads, direction) && in.take_matrices("M", m, Access::reads, dual) &&
-          GatedProjection<Backend>::take_doubles(in.gate, "step", step, 1, one) && in.apart({&w, &b, &pull}, {&direction, &dual, &one})))
+          GatedProjection<Backend>::take_doubles(in.gate, "step", step, 1, one) &&
+          in.gate.require(one[0].ndim == 0, "step", std::nullopt, "is not a number") &&
+          in.apart({&w, &b, &pull}, {&direction, &dual, &one})))
       return in.gate.verdict();
     return Gated<Backend>::run(
         in.gate, [&](Backend& backend) { backend.ncl_apply_(w, b, pull, direction, dual, reinterpret_cast<const double*>(one[0].data)); });

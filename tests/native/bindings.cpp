@@ -367,6 +367,44 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     py::gil_scoped_release release;
     cpu::ewc_pull_(g, p, a, c, strength, pool());
   });
+  m.def("kron_small_", [](const Operands& weights, const Operands& biases, const Operands& a, const Operands& g) {
+    const Views w = views(weights), b = views(biases), right = views(a), left = views(g);
+    py::gil_scoped_release release;
+    cpu::kron_small_(w, b, right, left, pool());
+  });
+  m.def("kron_small_quadratic", [](const Operands& weights, const Operands& biases, const Operands& a, const Operands& g) {
+    const Views w = views(weights), b = views(biases), right = views(a), left = views(g);
+    py::gil_scoped_release release;
+    return cpu::kron_small_quadratic(w, b, right, left, pool());
+  });
+  m.def("ncl_small_step_", [](const Operands& weights, const Operands& biases, const Operands& weight_grads, const Operands& bias_grads,
+                              const Operands& m, const Operands& h, const Operands& a, const Operands& g, double lr, double momentum,
+                              double strength) {
+    const Views w = views(weights), b = views(biases), wg = views(weight_grads), bg = views(bias_grads), dual = views(m), pull = views(h);
+    const Views right = views(a), left = views(g);
+    py::gil_scoped_release release;
+    cpu::ncl_small_step_(w, b, wg, bg, dual, pull, right, left, lr, momentum, strength, pool());
+  });
+  m.def("ncl_small_direction_", [](const Operands& m, const Operands& v, const Operands& weight_grads, const Operands& bias_grads,
+                                   const Operands& h, const Operands& a, const Operands& g, double momentum, double strength) {
+    const Views dual = views(m), out = views(v), wg = views(weight_grads), bg = views(bias_grads), pull = views(h);
+    const Views right = views(a), left = views(g);
+    return returned({py::ssize_t(dual.size())}, [&](double* products) {
+      cpu::ncl_small_direction_(dual, out, wg, bg, pull, right, left, momentum, strength, products, pool());
+    });
+  });
+  m.def("ncl_momentum_", [](const Operands& m, const Operands& h, const Operands& weight_grads, const Operands& bias_grads, double momentum,
+                            double strength, std::optional<double> lr) {
+    const Views dual = views(m), pull = views(h), wg = views(weight_grads), bg = views(bias_grads);
+    py::gil_scoped_release release;
+    cpu::ncl_momentum_(dual, pull, wg, bg, momentum, strength, lr ? &*lr : nullptr, pool());
+  });
+  m.def("ncl_apply_",
+        [](const Operands& weights, const Operands& biases, const Operands& h, const Operands& v, const Operands& m, double step) {
+          const Views w = views(weights), b = views(biases), pull = views(h), direction = views(v), dual = views(m);
+          py::gil_scoped_release release;
+          cpu::ncl_apply_(w, b, pull, direction, dual, &step, pool());
+        });
   m.def("gem_coefficients", [](const py::array_t<double, py::array::c_style>& products, double margin, double ridge) {
     const int k = int(products.shape(0)) - 1;
     return returned({2 * k + 1}, [&](double* out) { cpu::gem_coefficients(products.data(), k, margin, ridge, out); });

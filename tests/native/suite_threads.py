@@ -34,3 +34,23 @@ def test_threads_share_no_element(strided: bool) -> None:
     native.threshold_bits_(bits, own, 0.0)
     native.bit_mask_(own, bits)
     assert native.quantile(own, 0.0) == 0
+
+
+def test_threads_share_no_layer() -> None:
+    native.set_pool(4, 3000)
+    rng = np.random.default_rng(0)
+
+    def matrices(sizes: list[tuple[int, int]]) -> list[native.Operand]:
+        return [operand(random_values(rng, m * n, "f32").reshape(m, n), "f32") for m, n in sizes]
+
+    sides = [(4, 9), (33, 17), (8, 8), (64, 65), (1, 2), (16, 40)] * 2
+    weights, grads = (matrices([(m, n - 1) for m, n in sides]) for _ in range(2))
+    biases, bias_grads = ([operand(random_values(rng, m, "f32"), "f32") for m, _ in sides] for _ in range(2))
+    M, H, V = (matrices(sides) for _ in range(3))
+    A, G = matrices([(n, n) for _, n in sides]), matrices([(m, m) for m, _ in sides])
+    native.ncl_small_step_(weights, biases, grads, bias_grads, M, H, A, G, 1e-3, 0.9, 0.1)
+    assert native.ncl_small_direction_(M, V, grads, bias_grads, H, A, G, 0.9, 0.1).shape == (len(sides),)
+    native.ncl_momentum_(M, H, grads, bias_grads, 0.9, 0.1, 1e-3)
+    native.ncl_apply_(weights, biases, H, V, M, 1e-3)
+    assert native.kron_small_quadratic(weights, biases, A, G) == native.kron_small_quadratic(weights, biases, A, G)
+    native.kron_small_(weights, biases, A, G)
