@@ -81,11 +81,17 @@ def served(monkeypatch):
 
     for name, family in backends.FAMILIES.items():
         spy(importlib.import_module(f"fastcl.reference.{family}"), name, "reference")
-        if not isinstance(MISSING, str):
+    # An op whose large inputs go to the vendor's libraries has compiled stages alone.
+    for name in [*backends.FAMILIES, *backends.STAGES] if not isinstance(MISSING, str) else ():
+        if hasattr(_native.module("_C"), name):
             spy(_native.module("_C"), name, "cpp")
     backends._function.cache_clear()
     yield counts
     backends._function.cache_clear()
+
+
+def low_rank():
+    return [torch.ones(3)], [torch.zeros(2, 3)], torch.zeros(2, dtype=torch.float64)
 
 
 CALLS = {
@@ -102,6 +108,10 @@ CALLS = {
     "gem_project_": lambda: ops.gem_project_([torch.ones(3)], [[torch.ones(3)]]),
     "child_mask_": lambda: ops.child_mask_([torch.ones(3)], 0.5, 0, 0),
     "fisher_add_": lambda: ops.fisher_add_([torch.ones(3)], [torch.ones(3)], 1.0, 1.0),
+    "low_rank_solve_": lambda: ops.low_rank_solve_([torch.ones(3)], *low_rank()),
+    "low_rank_quadratic": lambda: ops.low_rank_quadratic([torch.ones(3)], *low_rank()),
+    "low_rank_step_": lambda: ops.low_rank_step_(*[[torch.ones(3)] for _ in range(4)], *low_rank(), 0.1),
+    "low_rank_append_": lambda: ops.low_rank_append_(*low_rank(), [[torch.ones(3)]]),
     "ewc_pull_": lambda: ops.ewc_pull_(*[[torch.ones(3)] for _ in range(4)], 1.0),
 }
 
@@ -111,7 +121,7 @@ CALLS = {
 def test_the_named_backend_serves_and_no_other(served, backend, op) -> None:
     with use_backend(backend):
         CALLS[op]()
-    assert served == {"cpp": 0, "reference": 0} | {backend: 1}
+    assert {name: count > 0 for name, count in served.items()} == {"cpp": False, "reference": False} | {backend: True}
 
 
 @needs_compiled
@@ -119,7 +129,8 @@ def test_the_named_backend_serves_and_no_other(served, backend, op) -> None:
 def test_auto_takes_the_compiled_one(served, op) -> None:
     with use_backend("auto"):
         CALLS[op]()
-    assert served == {"cpp": 1, "reference": 0}
+    assert served["cpp"] > 0
+    assert served["reference"] == 0
 
 
 def test_every_op_is_counted_here() -> None:
