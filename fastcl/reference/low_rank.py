@@ -27,6 +27,8 @@ def low_rank_solve_(grads: Tensors, diagonal: Tensors, basis: Tensors, sigma: Te
 
 def low_rank_quadratic(deltas: Tensors, diagonal: Tensors, basis: Tensors, sigma: Tensor) -> Tensor:
     """``x^T Lambda x``; see :func:`fastcl.ops.low_rank_quadratic`."""
+    if not deltas:
+        return torch.zeros((), dtype=torch.float64, device=sigma.device)
     products = low_rank_products(deltas, diagonal, basis, False)
     return products[-1] + (sigma * products[:-1]).square().sum()
 
@@ -45,6 +47,8 @@ def low_rank_step_(
     radius: float | None,
 ) -> None:
     """``V <- rho V + lambda (W - mu) + Lambda^-1 g``, ``W <- W - s V``; see :func:`fastcl.ops.low_rank_step_`."""
+    if not params:
+        return
     directions = [g.to(d.dtype, copy=True) for g, d in zip(grads, diagonal, strict=True)]
     low_rank_solve_(directions, diagonal, basis, sigma)
     for v, u in zip(directions, _kept(params, momenta, anchors, diagonal, momentum, strength), strict=True):
