@@ -72,9 +72,10 @@ def same_as_whole(mesh: DeviceMesh, cases: Sequence[Any], dtype: torch.dtype, ke
         near(shards[0], dense[0], (case, momentum, strength, radius))
         near(shards[2], dense[2], (case, momentum, strength, radius))
     dense_grads, grads = clone(lists[1]), spread_list(lists[1], mesh, cases)
+    kinds = spread_form(form, mesh, cases)
     with CommDebugMode() as communication:
-        square = ops.low_rank_quadratic(grads, *spread_form(form, mesh, cases))
-        ops.low_rank_solve_(grads, *spread_form(form, mesh, cases))
+        square = ops.low_rank_quadratic(grads, *kinds)
+        ops.low_rank_solve_(grads, *kinds)
     assert communication.get_total_counts() == groups * (2 if rank else 1), case
     wanted = ops.low_rank_quadratic(dense_grads, *form)
     assert math.isclose(float(square), float(wanted), rel_tol=1e-5 if kept == torch.float32 else 1e-12), case
