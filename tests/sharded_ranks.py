@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import pytest
+import sharded_low_rank
 import sharded_optimizers
 import torch
 import torch.distributed as dist
@@ -272,6 +273,27 @@ def ewc_pull(world: int) -> None:
                 reference.ewc_pull_(*lists, 0.7)
                 for n, (a, b) in enumerate(zip(shards[0], lists[0], strict=True)):
                     assert identical(whole(a), b), (backend, mesh, cases[n], dtypes)
+
+
+@check(*WORLDS)
+def low_rank_step(world: int) -> None:
+    for backend in serving():
+        for mesh, cases in meshes(world):
+            for dtype, kept, rank in [(F32, F32, 3), (BF16, F32, 5), (F64, F64, 3), (F32, F32, 0)]:
+                sharded_low_rank.same_as_whole(mesh, cases, dtype, kept, rank, (backend, mesh, dtype, kept, rank))
+
+
+@check(*WORLDS)
+def low_rank_append(world: int) -> None:
+    for backend in serving():
+        for mesh, cases in meshes(world):
+            for kept, rank in [(F32, 3), (F64, 5), (F32, 0)]:
+                sharded_low_rank.appends(mesh, cases, kept, rank, (backend, mesh, kept, rank))
+
+
+@check(2)
+def low_rank_errors(world: int) -> None:
+    sharded_low_rank.errors(init_device_mesh("cpu", (2,)), DeviceMesh("cpu", [1, 0]), refused)
 
 
 @check(*WORLDS)

@@ -39,7 +39,7 @@ def split(value, like):
 
 def close(tensors, want, ulps, size=None):
     """Within so many roundings of the tensors' own dtype, of the largest element."""
-    largest = float(want.abs().max()) if size is None else size
+    largest = size if size is not None else float(want.abs().max()) if len(want) else 0
     for t, w in zip(tensors, split(want, tensors), strict=True):
         u = unit_roundoff(t.dtype)
         assert float((t.double().cpu() - w).abs().max() if t.numel() else 0) <= u * ulps * largest + (torch.finfo(t.dtype).tiny), t.dtype
@@ -208,11 +208,12 @@ def test_strides_of_params_and_grads(device, layout, other):
             args[0], args[1] = [LAYOUTS[layout](t) for t in args[0]], [LAYOUTS[other](t) for t in args[1]]
             ops.low_rank_step_(*args)
             ops.low_rank_step_(*plain)
-            close(args[0], flat(plain[0]), 16)
+            coarser = max(1, unit_roundoff(kept) / unit_roundoff(dtype))
+            close(args[0], flat(plain[0]), 16 * coarser)
             grads, dense_grads = [LAYOUTS[layout](g) for g in lists[1]], clone(lists[1])
             ops.low_rank_solve_(grads, diagonal, basis, sigma)
             ops.low_rank_solve_(dense_grads, diagonal, basis, sigma)
-            close(grads, flat(dense_grads), 16)
+            close(grads, flat(dense_grads), 16 * coarser)
 
 
 def test_float64_parameters_keep_their_bits_with_a_float32_precision(device):
@@ -274,7 +275,8 @@ def test_append_up_to_the_rank_is_exact(device, dtype, other):
     for seed, weight in ((0, 1.0), (10, 0.25)):
         matrix = appended(diagonal, basis, sigma, [clone(v) for v in spread(SMALL, other, device, seed)], weight)
         got = dense(diagonal, basis, sigma)
-        assert float((got - matrix).norm() / matrix.norm()) <= 16 * unit_roundoff(dtype)
+        # float64 sees the decompositions' own roundings, of matrices with 11 rows.
+        assert float((got - matrix).norm() / matrix.norm()) <= (16 if dtype == F32 else 8 * 11) * unit_roundoff(dtype)
         assert all(identical(a, b) for a, b in zip(diagonal, before, strict=True))
     assert int((sigma > 0).sum()) == 6
 
@@ -287,7 +289,9 @@ def test_append_keeps_every_diagonal_element(device, rank, count, dtype):
     for n in range(3):
         matrix = appended(diagonal, basis, sigma, spread(SMALL, dtype, device, 7 * n, count), 2.0)
         kept = dense(diagonal, basis, sigma)
-        assert float((kept.diagonal() / matrix.diagonal() - 1).abs().max()) <= 32 * unit_roundoff(dtype)
+        # The decomposition's own roundings, relative to the largest singular value.
+        largest = float(sigma.max()) ** 2 if rank else 0
+        assert float((kept.diagonal() / matrix.diagonal() - 1).abs().max()) <= 32 * unit_roundoff(dtype) + 2.0**-53 * largest
 
 
 def test_append_keeps_the_principal_directions(device):
@@ -346,7 +350,7 @@ def test_rows_stay_orthonormal_where_singular_values_span_six_decades(device, dt
         ops.low_rank_append_(diagonal, basis, sigma, lists)
         check_form(diagonal, basis, sigma)
         kept = flat(diagonal) * (1 + ((sigma[:, None].cpu() * rows_of(basis)) ** 2).sum(0))
-        assert float((kept / matrix_diagonal - 1).abs().max()) <= 64 * unit_roundoff(dtype)
+        assert float((kept / matrix_diagonal - 1).abs().max()) <= 64 * unit_roundoff(dtype) + 2.0**-53 * float(sigma.max()) ** 2
     assert float(sigma.max() / sigma.min()) > 1e5
 
 
@@ -585,9 +589,9 @@ BAD = {
     "the same twice": (
         lambda a: [[a[0][1]] * 2, [a[1][1]] * 2, [a[2][1]] * 2, [a[3][1]] * 2, *[[x[1]] * 2 for x in a[4:6]], *a[6:]],
         ValueError,
-        r"params\[1\] and params\[0\] share",
+        r"(params|momenta)\[1\] and (params|momenta)\[0\] share",
     ),
-    "momenta in params": (lambda a: [a[0], a[1], a[0], *a[3:]], ValueError, r"momenta\[0\] and params\[0\] share|params\[0\] and momenta"),
+    "momenta in params": (lambda a: [a[0], a[1], a[0], *a[3:]], ValueError, r"momenta\[.\] and params\[.\] share"),
     "a gradient is a momentum": (lambda a: [a[0], a[2], a[2], *a[3:]], ValueError, r"share memory"),
     "records": (lambda a: [[a[0][0].clone().requires_grad_(), a[0][1]], *a[1:]], ValueError, r"params\[0\] requires grad"),
     "meta": (lambda a: [a[0], [a[1][0], a[1][1].to("meta")], *a[2:]], ValueError, r"grads\[1\] is on meta and params\[1\] is on"),
