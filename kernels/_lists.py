@@ -214,11 +214,12 @@ def launches(
     block: int = BLOCK,
     beside: Sequence[Sequence[Tensor]] = (),
     values: int = 1,
+    strided: int = STRIDED_BLOCK,
 ) -> Iterator[Launch]:
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
-    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order. Lists
-    ``beside`` are handed over without being walked through. ``values`` is how many numbers per row the caller adds.
+    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order, ``strided`` of
+    one that does not. Lists ``beside`` are handed over without being walked through. ``values`` is how many numbers per row the caller adds.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     in_order = (FLAT,) * len(lists)
@@ -245,7 +246,7 @@ def launches(
     for (_, kinds, rank, wide, tag), rows in groups.items():
         limit = _capacity(len(lists) + len(beside), rank, wide, values)
         for at in range(0, len(rows), limit):
-            yield _launch(rows[at : at + limit], kinds, rank, wide, tag, STRIDED_BLOCK if rank else block)
+            yield _launch(rows[at : at + limit], kinds, rank, wide, tag, strided if rank else block)
 
 
 def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
