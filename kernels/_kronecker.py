@@ -19,7 +19,6 @@ _STEP = tl.constexpr(STEP)
 _DIRECTION = tl.constexpr(DIRECTION)
 _QUADRATIC = tl.constexpr(QUADRATIC)
 _ROWS = tl.constexpr(16)
-_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -46,34 +45,12 @@ def _moved(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(
-    layers: tl.tuple, rows: tl.tensor, columns: tl.tensor, exists: tl.tensor, numbers: tl.tuple,
-    MODE: tl.constexpr, PLAN: tl.constexpr, DTYPE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """A tile of X."""
-    at = entries(layers, rows, columns, 0, PLAN)
+def _part(
+    at: tl.tensor, m_at: tl.tensor, h_at: tl.tensor, exists: tl.tensor, numbers: tl.tuple, MODE: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """A part of X: what stands there, or of a step the new momentum."""
     if MODE >= _STEP:
-        m, m_step = matrix(layers, 2, PLAN)
-        h, h_step = matrix(layers, 3, PLAN)
-        m_at = m + (rows[:, None] * m_step + columns[None, :])
-        h_at = h + (rows[:, None] * h_step + columns[None, :])
         x = _moved(m_at, h_at, at, exists, numbers, MODE, DTYPE)
-    else:
-        x = decode(tl.load(at, mask=exists, other=0), DTYPE)
-    return x
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _tail(
-    layers: tl.tuple, rows: tl.tensor, n: tl.tensor, exists: tl.tensor, numbers: tl.tuple,
-    MODE: tl.constexpr, PLAN: tl.constexpr, DTYPE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Rows of the column of X that stands apart."""
-    at = apart(layers, rows, 0, PLAN)
-    if MODE >= _STEP:
-        m, m_step = matrix(layers, 2, PLAN)
-        h, h_step = matrix(layers, 3, PLAN)
-        x = _moved(m + (rows * m_step + n), h + (rows * h_step + n), at, exists, numbers, MODE, DTYPE)
     else:
         x = decode(tl.load(at, mask=exists, other=0), DTYPE)
     return x
@@ -82,9 +59,13 @@ def _tail(
 @triton.jit  # type: ignore[untyped-decorator]
 def _solved(layers: tl.tuple, numbers: tl.tuple, MODE: tl.constexpr, PLAN: tl.constexpr, DTYPE: tl.constexpr) -> tl.tuple:
     """``G X A``: the tile, and the column that stands apart."""
+    COLUMNS: tl.constexpr = 16 if DTYPE == tl.float64 else 32
     m, n = extent(layers, PLAN)
     a, a_step = matrix(layers, 0, PLAN)
     g, g_step = matrix(layers, 1, PLAN)
+    # Without a step nothing is read there.
+    moving, m_step = matrix(layers, 2 if MODE >= _STEP else 0, PLAN)
+    pulling, h_step = matrix(layers, 3 if MODE >= _STEP else 0, PLAN)
     lower = tl.arange(0, PLAN.M)
     across = tl.arange(0, PLAN.N)
     v = tl.zeros((PLAN.M, PLAN.N), DTYPE)
@@ -98,16 +79,20 @@ def _solved(layers: tl.tuple, numbers: tl.tuple, MODE: tl.constexpr, PLAN: tl.co
         p_tail = tl.zeros((_ROWS,), DTYPE)
         j = n * 0
         while j < n:
-            columns = j + tl.arange(0, _COLUMNS)
-            x = _tile(layers, rows, columns, some[:, None] & (columns < n)[None, :], numbers, MODE, PLAN, DTYPE)
+            columns = j + tl.arange(0, COLUMNS)
+            m_at = moving + (rows[:, None] * m_step + columns[None, :])
+            h_at = pulling + (rows[:, None] * h_step + columns[None, :])
+            at = entries(layers, rows, columns, 0, PLAN)
+            x = _part(at, m_at, h_at, some[:, None] & (columns < n)[None, :], numbers, MODE, DTYPE)
             a_at = a + (columns[:, None] * a_step + across[None, :])
             p = _multiplied(x, tl.load(a_at, mask=(columns < n)[:, None] & (across < n)[None, :], other=0), p)
             if PLAN.TAIL:
                 edge = tl.load(a + (columns * a_step + n), mask=columns < n, other=0)
                 p_tail += tl.sum(x * edge[None, :], 1)
-            j += _COLUMNS
+            j += COLUMNS
         if PLAN.TAIL:
-            x = _tail(layers, rows, n, some, numbers, MODE, PLAN, DTYPE)
+            at = apart(layers, rows, 0, PLAN)
+            x = _part(at, moving + (rows * m_step + n), pulling + (rows * h_step + n), some, numbers, MODE, DTYPE)
             edge = tl.load(a + n * a_step + across, mask=across < n, other=0)
             p += x[:, None] * edge[None, :]
             p_tail += x * tl.load(a + n * a_step + n)
