@@ -22,9 +22,7 @@ def _scale(d: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _vector(
-    lists: tl.tuple, at: tl.tuple, scale: tl.tensor, K: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr
-) -> tl.tensor:
+def _vector(lists: tl.tuple, at: tl.tuple, scale: tl.tensor, K: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr) -> tl.tensor:
     """``D^-1/2 v_k``."""
     return scale * existing(decode(read_list(lists, at, _FIRST + K, SHAPE, MASKED), tl.float64), at, 0.0, SHAPE, MASKED)
 

@@ -82,9 +82,7 @@ def low_rank_rotate_(basis: Tensors, mix: Tensor) -> Tensor:
     return _gram(basis, basis, (), None, len(mix))
 
 
-def _operands(
-    params: Tensors, grads: Tensors, momenta: Tensors, anchors: Tensors, momentum: float, strength: float
-) -> list[Tensors]:
+def _operands(params: Tensors, grads: Tensors, momenta: Tensors, anchors: Tensors, momentum: float, strength: float) -> list[Tensors]:
     return [params, grads, *([momenta] if momentum != 0 else []), *([anchors] if strength != 0 else [])]
 
 

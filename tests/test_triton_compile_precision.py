@@ -61,9 +61,7 @@ SMALL = ("product", "quadratic", "step", "direction")
 
 
 @pytest.mark.parametrize("op", SMALL)
-@pytest.mark.parametrize(
-    ("target", "size", "stored"), [*((t, 64, F32) for t in NVIDIA), ("sm_90", 128, F32), ("sm_90", 32, BF16)], ids=str
-)
+@pytest.mark.parametrize(("target", "size", "stored"), [*((t, 64, F32) for t in NVIDIA), ("sm_90", 128, F32), ("sm_90", 32, BF16)], ids=str)
 def test_ptx_of_small_layers(op: str, target: str, size: int, stored: torch.dtype, launches: list[Any], tmp_path: Path) -> None:
     small(op, 1, size, size, F32, stored)
     ptx = compiled(launches[0], target)["ptx"]
