@@ -1,8 +1,8 @@
 """The kernels of the Kronecker family: one program solves a small layer, and two sweeps serve layers of any size.
 
 A program computes ``V = G (X A)`` by rows of X: as soon as ``ROWS`` rows are multiplied by A, their part of ``G (X A)`` is added. So each
-element of X is made once (of a step: the new momentum, which goes back to memory on the way), and of the products only V and ``ROWS`` rows are
-held. What is padded is masked and never multiplied with a number that is not 0 but for the padding's own rows and columns.
+element of X is made once (of a step: the new momentum, which goes back to memory on the way), and of the products only V and ``ROWS``
+rows are held. What is padded is masked, and reaches nothing but padding.
 """
 
 from __future__ import annotations

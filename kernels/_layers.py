@@ -32,7 +32,7 @@ class Layers(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is compiled in: layers of a launch, tile, whether a column stands apart, inner dims (0: in order), factor of sizes, bias, lists."""
+    """What is compiled in: layers of a launch, tile, whether a column stands apart, inner dims (0: in order), factor, bias, lists."""
 
     T: int
     M: int

@@ -43,7 +43,8 @@ class Lists(NamedTuple):
 
 class Shape(NamedTuple):
     """What is compiled in: the kinds of the lists that are walked through, tensors of a launch, dims, bias, elements of a program, and
-    how many elements stand together wherever the walk goes (``GROUP``, which the encoded sizes and strides are divided by)."""
+    how many elements stand together wherever the walk goes (``GROUP``, which the encoded sizes and strides are divided by).
+    """
 
     KINDS: tuple[int, ...]
     T: int
@@ -186,7 +187,7 @@ def _wide(w: Walk) -> bool:
 
 
 def _grouped(w: Walk) -> tuple[Walk, int]:
-    """The walk from group to group, where elements stand together in every list, from an address that is a multiple of as many; else itself."""
+    """The walk from group to group of elements that stand together in every list, at a multiple of as many; if there are none, itself."""
     strided = [s for kind, s in zip(w.kinds, w.strides, strict=True) if kind == STRIDED] if w.sizes else []
     if not strided or w.sizes[-1] % GROUP or any(s[-1] != 1 or any(v % GROUP for v in s[:-1]) for s in strided):
         return w, 1
@@ -231,7 +232,7 @@ def launches(
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
     Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order, ``strided`` of
-    one that does not. Lists ``beside`` are handed over without being walked through. ``values`` is how many numbers per row the caller adds.
+    one that does not. Lists ``beside`` are handed over and not walked through. ``values`` is how many numbers per row the caller adds.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     in_order = (FLAT,) * len(lists)

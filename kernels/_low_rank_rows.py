@@ -1,6 +1,6 @@
 """The kernels of the low-rank family that run once per task: products of rows with each other, and new rows of old ones; all in float64.
 
-The rows are ``sigma_j q_j`` of the basis and then ``D^-1/2 v_k`` of the vectors. A program takes a stretch of the elements, a part at a time.
+The rows are ``sigma_j q_j`` of the basis and then ``D^-1/2 v_k`` of the vectors. A program takes a stretch of the elements, part by part.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _rows(
     y = tl.load(first[None, :] + row[:, None].to(tl.int64) * stride, mask=wanted, other=0).to(tl.float64)
     if SCALED:
         y *= tl.load(sigma + row, mask=kept, other=0)[:, None]
-    if BEGIN + N > RANK:
+    if len(SHAPE.KINDS) > _FIRST:
         scale = _scale(existing(read_list(lists, at, 0, SHAPE, MASKED), at, 1.0, SHAPE, MASKED))
     for k in tl.static_range(len(SHAPE.KINDS) - _FIRST):
         if RANK + k >= BEGIN and RANK + k < BEGIN + N:
@@ -102,8 +102,9 @@ def _mix(
         if COMPRESS:
             y *= tl.load(sigma + i)
         new += tl.load(mix + i * COUNT + row, mask=row < COUNT, other=0)[:, None] * y[None, :]
-    d = existing(read_list(lists, at, 0, SHAPE, MASKED), at, 1.0, SHAPE, MASKED)
-    scale = _scale(d)
+    if COMPRESS:
+        d = existing(read_list(lists, at, 0, SHAPE, MASKED), at, 1.0, SHAPE, MASKED)
+        scale = _scale(d)
     for k in tl.static_range(COUNT - RANK):
         weights = tl.load(mix + (RANK + k) * COUNT + row, mask=row < COUNT, other=0)
         new += weights[:, None] * _vector(lists, at, scale, k, SHAPE, MASKED)[None, :]

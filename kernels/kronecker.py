@@ -1,10 +1,11 @@
 """Natural continual learning with Kronecker factors on Triton; the definition is fastcl.reference.kronecker.
 
-Small layers: one launch for all of one padded size, one program per layer. Layers of any size: sweeps over matrices whose rows may be padded.
+Small layers: one launch for all of one padded size, one program per layer. Of any size: sweeps over matrices whose rows may be padded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,13 +117,19 @@ def ncl_apply_(weights: Tensors, biases: Tensors, H: Tensors, V: Tensors, M: Ten
                 apply_kernel[launch.grid](launch.lists, step, **_contracted(launch, double))
 
 
+def _shaped(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The columns that belong to a weight, in its shape."""
+    strides = [math.prod(weight.shape[d + 1 :]) for d in range(1, weight.dim())]
+    return matrix.as_strided(weight.shape, (matrix.stride(0), *strides))
+
+
 def _columns(weights: Tensors, biases: Tensors, *matrices: Tensors) -> list[list[Tensor]]:
     """Lists of equal shapes: weights, then biases, and of each matrix the columns that belong to them."""
     rows: list[tuple[Tensor, ...]] = []
     for n, (w, b) in enumerate(zip(weights, biases, strict=True)):
         inputs = matrices[0][n].shape[1] - (1 if b.numel() else 0)
         if w.numel():
-            rows.append((w, *(x[n][:, :inputs].unflatten(1, w.shape[1:]) for x in matrices)))
+            rows.append((w, *(_shaped(x[n], w) for x in matrices)))
         if b.numel():
             rows.append((b, *(x[n][:, inputs] for x in matrices)))
     return [[row[c] for row in rows] for c in range(1 + len(matrices))]
@@ -133,4 +140,5 @@ def _numbers(double: bool, *values: float) -> tuple[Any, ...]:
 
 
 def _contracted(launch: Launch, double: bool) -> dict[str, Any]:
-    return launch.options | {"DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True}
+    options: dict[str, Any] = launch.options
+    return options | {"DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True}
