@@ -1,8 +1,8 @@
 """The kernels of the Kronecker family: one program solves a small layer, and two sweeps serve layers of any size.
 
 A program computes ``V = G (X A)`` by rows of X: as soon as ``ROWS`` rows are multiplied by A, their part of ``G (X A)`` is added. So each
-element of X is made once (of a step: the new momentum, which goes back to memory on the way), and of the products only V and ``ROWS``
-rows are held. What is padded is masked, and reaches nothing but padding.
+element of X is made once for both products (in a step, the new momentum goes back to memory on the way), and of the products only V and
+``ROWS`` rows are held. What is padded is masked, and reaches nothing but padding.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ def _multiplied(left: tl.tensor, right: tl.tensor, sums: tl.tensor) -> tl.tensor
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _moved(
-    m_at: tl.tensor, h_at: tl.tensor, g_at: tl.tensor, exists: tl.tensor, numbers: tl.tuple, MODE: tl.constexpr, DTYPE: tl.constexpr
+    at: tl.tensor, m_at: tl.tensor, h_at: tl.tensor, exists: tl.tensor, numbers: tl.tuple, MODE: tl.constexpr, DTYPE: tl.constexpr
 ) -> tl.tensor:
-    """``M <- rho M + g + lambda H``, and in a step ``H <- H - lr M``; returns M."""
+    """``rho M + g + lambda H``; in a step it becomes M, and ``H <- H - lr M``."""
     m = tl.load(m_at, mask=exists, other=0)
     h = tl.load(h_at, mask=exists, other=0)
-    g = decode(tl.load(g_at, mask=exists, other=0), DTYPE)
-    new = numeral(numbers, 0, DTYPE) * m + g + numeral(numbers, 1, DTYPE) * h
-    # Where a tile has fewer elements than the program threads, several threads read what one of them writes.
-    tl.debug_barrier()
-    tl.store(m_at, new, mask=exists)
+    new = numeral(numbers, 0, DTYPE) * m + decode(tl.load(at, mask=exists, other=0), DTYPE) + numeral(numbers, 1, DTYPE) * h
     if MODE == _STEP:
+        # Where a tile has fewer elements than the program threads, several threads read what one of them writes.
+        tl.debug_barrier()
+        tl.store(m_at, new, mask=exists)
         tl.store(h_at, h - numeral(numbers, 2, DTYPE) * new, mask=exists)
     return new
 
@@ -50,7 +49,7 @@ def _part(
 ) -> tl.tensor:
     """A part of X: what stands there, or of a step the new momentum."""
     if MODE >= _STEP:
-        x = _moved(m_at, h_at, at, exists, numbers, MODE, DTYPE)
+        x = _moved(at, m_at, h_at, exists, numbers, MODE, DTYPE)
     else:
         x = decode(tl.load(at, mask=exists, other=0), DTYPE)
     return x
@@ -165,14 +164,23 @@ def direction_kernel(
     columns = tl.arange(0, PLAN.N)
     exists = (rows < m)[:, None] & (columns < n)[None, :]
     m_base, m_step = matrix(layers, 2, PLAN)
+    h_base, h_step = matrix(layers, 3, PLAN)
     v_base, v_step = matrix(layers, 4, PLAN)
-    tl.store(v_base + (rows[:, None] * v_step + columns[None, :]), v, mask=exists)
-    # M was written by other threads of the program.
-    tl.debug_barrier()
-    q = _dot(tl.load(m_base + (rows[:, None] * m_step + columns[None, :]), mask=exists, other=0), v, exists)
+    # M is made once more and written at last: a thread that read what others have written would depend on more than a barrier on AMD.
+    m_at = m_base + (rows[:, None] * m_step + columns[None, :])
+    h_at = h_base + (rows[:, None] * h_step + columns[None, :])
+    x = _moved(entries(layers, rows, columns, 0, PLAN), m_at, h_at, exists, numbers, MODE, DTYPE)
+    q = _dot(x, v, exists)
     if PLAN.TAIL:
+        tail_at = m_base + (rows * m_step + n)
+        x_tail = _moved(apart(layers, rows, 0, PLAN), tail_at, h_base + (rows * h_step + n), rows < m, numbers, MODE, DTYPE)
+        q += _dot(x_tail, v_tail, rows < m)
+    tl.debug_barrier()
+    tl.store(m_at, x, mask=exists)
+    tl.store(v_base + (rows[:, None] * v_step + columns[None, :]), v, mask=exists)
+    if PLAN.TAIL:
+        tl.store(tail_at, x_tail, mask=rows < m)
         tl.store(v_base + (rows * v_step + n), v_tail, mask=rows < m)
-        q += _dot(tl.load(m_base + (rows * m_step + n), mask=rows < m, other=0), v_tail, rows < m)
     tl.store(out + place(layers, PLAN), q)
 
 

@@ -99,10 +99,6 @@ def test_amd_compiles_small_layers(op: str, dtype: torch.dtype, launches: list[A
     assert re.search(r"\.vgpr_spill_count: *0\b", text)
     assert "xf32" not in text
     assert re.search(r"\b(buffer|global)_load_dwordx[24]\b", text)
-    if op == "direction":
-        # The last barrier stands between the threads that wrote M and those that read it: the writes have to have arrived.
-        before = text[: text.rindex("s_barrier")].splitlines()
-        assert any("s_waitcnt" in line and "vmcnt(0)" in line for line in before[-6:]), before[-6:]
 
 
 def test_a_column_that_stands_apart_is_no_padding(launches: list[Any]) -> None:

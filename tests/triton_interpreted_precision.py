@@ -106,7 +106,7 @@ def test_small_layers(dtype: torch.dtype, stored: torch.dtype, bias: bool) -> No
     check_layers(layers([(5, 7), (1, 1), (33, 17)], bias, dtype, stored))
 
 
-@pytest.mark.parametrize("pad", [0, 1, 4])
+@pytest.mark.parametrize("pad", [0, 3])  # with 3, rows of 12 columns and a bias are 16 apart
 def test_columns_and_rows_of_every_alignment(pad: int) -> None:
     check_layers(layers([(17, 12), (8, 31), (12, 8)], True, pad=pad))
 
