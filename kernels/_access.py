@@ -33,7 +33,7 @@ def row_value(values: tl.tuple, lists: tl.tuple, at: tl.tuple, SHAPE: tl.constex
 def elements(base: tl.tensor, lists: tl.tuple, at: tl.tuple, C: tl.constexpr, SHAPE: tl.constexpr) -> tl.tensor:
     """Addresses of the block's elements in list C, counted from ``base``."""
     s: tl.constexpr = SHAPE
-    return address(base, at[1], at[0], lists.starts, lists.sizes, lists.strides, s.KINDS[C], s.T, s.D, s.BIAS, s.BLOCK, C)
+    return address(base, at[1], at[0], lists.starts, lists.sizes, lists.strides, s.KINDS[C], s.T, s.D, s.BIAS, s.BLOCK, C, s.GROUP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

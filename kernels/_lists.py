@@ -25,6 +25,7 @@ RANKS = (2, 3, MOST_DIMS)
 NARROW = (1 << 30) - 1  # what is smaller is encoded in 32 bits
 NARROW_BIAS = 3
 WIDE_BIAS = (1 << 40) + 1  # keeps every encoded value in 64 bits
+GROUP = 4  # elements that a strided walk keeps together where it can, as through rows that are padded: 16 bytes of float32
 ARGUMENTS = 3968  # bytes for the tuples: every GPU accepts 4 KB of arguments, of which the scalars and Triton's own pointers take some
 
 FLAT, SCALAR, STRIDED = 0, 1, 2
@@ -41,13 +42,16 @@ class Lists(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is compiled in: the kinds of the lists that are walked through, tensors of a launch, dims, bias, elements of a program."""
+    """What is compiled in: the kinds of the lists that are walked through, tensors of a launch, dims, bias, elements of a program, and
+    how many elements stand together wherever the walk goes (``GROUP``, which the encoded sizes and strides are divided by).
+    """
 
     KINDS: tuple[int, ...]
     T: int
     D: int
     BIAS: int
     BLOCK: int
+    GROUP: int = 1
 
 
 class Walk(NamedTuple):
@@ -182,6 +186,15 @@ def _wide(w: Walk) -> bool:
     return max(w.elements, *w.sizes, *reach, *(s for strides in w.strides for s in strides)) >= NARROW if w.sizes else False
 
 
+def _grouped(w: Walk) -> tuple[Walk, int]:
+    """The walk from group to group of elements that stand together in every list, at a multiple of as many; if there are none, itself."""
+    strided = [s for kind, s in zip(w.kinds, w.strides, strict=True) if kind == STRIDED] if w.sizes else []
+    if not strided or w.sizes[-1] % GROUP or any(s[-1] != 1 or any(v % GROUP for v in s[:-1]) for s in strided):
+        return w, 1
+    strides = tuple((*(v // GROUP for v in s[:-1]), s[-1]) for s in w.strides)
+    return w._replace(sizes=(*w.sizes[:-1], w.sizes[-1] // GROUP), strides=strides), GROUP
+
+
 def _cut(member: int, row: Sequence[Tensor]) -> Iterator[tuple[int, Sequence[Tensor], Walk]]:
     w = walk(row)
     if len(w.sizes) <= MOST_DIMS:
@@ -214,11 +227,12 @@ def launches(
     block: int = BLOCK,
     beside: Sequence[Sequence[Tensor]] = (),
     values: int = 1,
+    strided: int = STRIDED_BLOCK,
 ) -> Iterator[Launch]:
     """Launches that together visit every element of ``lists[0]``, with the elements of the other lists that broadcast to it.
 
-    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order. Lists
-    ``beside`` are handed over without being walked through. ``values`` is how many numbers per row the caller adds.
+    Rows with different ``tags`` do not share a launch. ``block`` is the number of elements of a program that walks in order, ``strided`` of
+    one that does not. Lists ``beside`` are handed over and not walked through. ``values`` is how many numbers per row the caller adds.
     """
     groups: dict[Any, list[tuple[int, Sequence[Tensor], Walk]]] = {}
     in_order = (FLAT,) * len(lists)
@@ -235,17 +249,18 @@ def launches(
                 break
         else:
             row += others
-            key = (_memory(row), in_order, 0, False, tag)
+            key = (_memory(row), in_order, 0, False, tag, 1)
             groups.setdefault(key, []).append((n, row, Walk(elements, in_order)))
             continue
         for member, part, w in _cut(n, row):
             tensors = (*part, *others)
-            key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag)
-            groups.setdefault(key, []).append((member, tensors, w))
-    for (_, kinds, rank, wide, tag), rows in groups.items():
+            grouped, together = _grouped(w)
+            key = (_memory(tensors), w.kinds, len(w.sizes), _wide(w), tag, together)
+            groups.setdefault(key, []).append((member, tensors, grouped))
+    for (_, kinds, rank, wide, tag, group), rows in groups.items():
         limit = _capacity(len(lists) + len(beside), rank, wide, values)
         for at in range(0, len(rows), limit):
-            yield _launch(rows[at : at + limit], kinds, rank, wide, tag, STRIDED_BLOCK if rank else block)
+            yield _launch(rows[at : at + limit], kinds, rank, wide, tag, strided if rank else block, group)
 
 
 def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -253,7 +268,7 @@ def _column(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 def _launch(
-    rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any, block: int
+    rows: Sequence[tuple[int, Sequence[Tensor], Walk]], kinds: tuple[int, ...], rank: int, wide: bool, tag: Any, block: int, group: int
 ) -> Launch:
     capacity = padded_capacity(len(rows))
     padded = [*rows, *(rows[-1],) * (capacity - len(rows))]
@@ -267,6 +282,6 @@ def _launch(
         sizes=encode([n for _, _, w in padded for n in w.sizes], wide) or (0,),
         strides=encode([s for c in range(len(kinds)) for _, _, w in padded for s in w.strides[c]], wide) if rank else (0,),
         row_blocks=row_blocks,
-        shape=Shape(kinds, capacity, rank, WIDE_BIAS if wide else NARROW_BIAS, block),
+        shape=Shape(kinds, capacity, rank, WIDE_BIAS if wide else NARROW_BIAS, block, group),
         tag=tag,
     )

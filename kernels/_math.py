@@ -52,6 +52,7 @@ def address(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMN: tl.constexpr = 0,
+    GROUP: tl.constexpr = 1,
 ) -> tl.tensor:
     """Pointers to the elements of a block; one pointer if the tensor holds one value for all of them."""
     lane = tl.arange(0, BLOCK)
@@ -61,7 +62,7 @@ def address(
         at = pointer + block.to(tl.int64) * BLOCK + lane
     else:
         # 32-bit arithmetic wherever it suffices: a 64-bit division per element and dim would cost more than the memory traffic.
-        index = (block if BIAS == 3 else block.to(tl.int64)) * BLOCK + lane
+        index = (block if BIAS == 3 else block.to(tl.int64)) * (BLOCK // GROUP) + lane // GROUP
         offset = index * 0
         for back in tl.static_range(D):
             stride = (pick(strides, starts, code, T, D, COLUMN * T * D + D - 1 - back) - BIAS) >> 1
@@ -71,7 +72,7 @@ def address(
                 size = (pick(sizes, starts, code, T, D, D - 1 - back) - BIAS) >> 1
                 offset += index % size * stride
                 index = index // size
-        at = pointer + offset
+        at = pointer + (offset * GROUP + lane % GROUP)
     return at
 
 

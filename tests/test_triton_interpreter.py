@@ -27,6 +27,7 @@ def test_the_kernels_in_the_interpreter() -> None:
         "triton_interpreted_projection.py",
         "triton_interpreted_masks.py",
         "triton_interpreted_optimizers.py",
+        "triton_interpreted_precision.py",
     ]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
