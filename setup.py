@@ -19,7 +19,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
 # Where results are held to a tolerance and not to bits, multiply-adds may fuse.
-CONTRACTED = {"importance_spg.cpp", "kronecker.cpp", "kronecker_rows.cpp", "kronecker_tiles.cpp", "projection.cpp"}
+CONTRACTED = {
+    "importance_spg.cpp",
+    "kronecker.cpp",
+    "kronecker_rows.cpp",
+    "kronecker_tiles.cpp",
+    "low_rank.cpp",
+    "low_rank_append.cpp",
+    "projection.cpp",
+}
 # The oldest GPU that nvcc 13 still builds comfortably for, Hopper, and PTX for everything newer.
 CUDA_ARCHITECTURES = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
 NVCC_FLAGS = f"-std=c++17 -O3 -fmad=false -Xptxas -v {CUDA_ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden"

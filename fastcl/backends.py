@@ -44,6 +44,13 @@ STAGES = {
     "ncl_momentum_": "kronecker",
     "ncl_direction_": "kronecker",
     "ncl_apply_": "kronecker",
+    "low_rank_products": "low_rank",
+    "low_rank_update_": "low_rank",
+    "low_rank_step_products": "low_rank",
+    "low_rank_step_update_": "low_rank",
+    "low_rank_gram": "low_rank",
+    "low_rank_compress_": "low_rank",
+    "low_rank_rotate_": "low_rank",
 }
 
 
