@@ -150,7 +150,8 @@ def _known(layers: Iterable[str], uses: dict[int, list[Use]]) -> set[str]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a list of module names, got {type(layers).__name__}")
     names = list(layers)
-    possible = [use.name for own in uses.values() for use in own if use.key == "weight" and use.kind in FACTORED]
+    trained = [use for own in uses.values() for use in own if use.slot.parameter().requires_grad]
+    possible = [use.name for use in trained if use.key == "weight" and use.kind in FACTORED]
     for name in names:
         if name not in possible:
             raise ValueError(f"layers has {name!r}, which names no module that can have Kronecker factors; those are {some(possible)}")
