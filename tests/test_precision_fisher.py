@@ -237,6 +237,7 @@ def test_equal_to_the_dense_fisher_where_the_product_is_exact():
         nn.Conv1d(4, 6, 2, padding=1, groups=2, padding_mode="circular"),
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 3)),
         nn.Conv2d(4, 6, 3, padding="valid"),
+        nn.Conv2d(4, 6, (2, 4), padding="same"),
         nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"),
         nn.Conv2d(4, 8, 3, groups=4, stride=2),
         nn.Conv3d(4, 6, (2, 1, 3), padding=(0, 1, 1), stride=(1, 2, 1)),
