@@ -383,6 +383,19 @@ def test_calls_and_tied_modules_are_positions(sequence):
     torch.testing.assert_close(collect(diagonal, x, "empirical", y)[1], squares(model, x, "", y), rtol=1e-12, atol=1e-15)
 
 
+def test_tied_weights_with_biases_of_their_own():
+    model = Twice().to(F64)
+    model.other.bias = nn.Parameter(torch.randn(3, dtype=F64))
+    x, y = torch.randn(5, 3, dtype=F64), torch.randint(CLASSES, (5,))
+    precision = KroneckerPrecision(model, 10)
+    assert precision.factors["shared"][0].shape == (3, 3)
+    assert [precision.report[name][:8] for name in ("shared.bias", "other.bias")] == ["diagonal"] * 2
+    diagonals = collect(precision, x, "empirical", y)[1]
+    wanted = squares(model, x, "", y)
+    for name in ("shared.bias", "other.bias"):
+        torch.testing.assert_close(diagonals[name], wanted[name], rtol=1e-12, atol=1e-15)
+
+
 def test_weights_tied_over_kinds_have_a_diagonal():
     class Language(nn.Module):
         def __init__(self):
