@@ -16,6 +16,7 @@ from fastcl import _distributed
 from fastcl._model import Slot, some
 from fastcl.ops import _sharded
 from fastcl.ops._checks import integer
+from fastcl.precision._columns import Columns
 from fastcl.precision._layers import BATCH_NORMS, Layout
 from fastcl.precision._statistics import Batch, Call, Statistic, Sums
 
@@ -50,7 +51,8 @@ class Collection:
         self._stated: int | None = None  # samples of the running pass, where backward() knows them
         self._called: list[Call] = []  # in the backward pass that is running
         self._direct: set[str] = set()  # layers whose weight has a gradient though no call of the module was seen
-        self._queued = False
+        self._queued = self._closed = False
+        self._fresh = 0  # samples of the running pass that were not in an earlier one
 
     def backward(self, logits: Tensor, targets: Tensor | None = None) -> None:
         """Take in a batch: one backward pass of the samples' summed cross-entropy ("exact": one per class). Writes no ``.grad``.
@@ -78,13 +80,15 @@ class Collection:
             raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
         losses = list(self._losses(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))
         for i, loss in enumerate(losses):
-            self._pass(loss, len(logits), last=i == len(losses) - 1)
+            self._pass(loss, len(logits), first=i == 0, last=i == len(losses) - 1)
 
     def _losses(self, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         log_p = log_softmax(logits, -1)
         if self._fisher == "exact":
             # Squares of gradients are wanted: their weight p enters as its root.
             roots = (log_p.detach() / 2).exp()
+            if self._signed:
+                roots = roots * self._signs(roots.shape, roots)
             yield from (-(root * column).sum() for root, column in zip(roots.unbind(1), log_p.unbind(1), strict=True))
             return
         if targets is None:
@@ -92,11 +96,24 @@ class Collection:
             noise = torch.empty_like(log_p).exponential_(generator=self._generator).log()
             targets = (log_p.detach() - noise).argmax(-1)
         dense = targets.is_floating_point()
-        yield cross_entropy(logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten(), reduction="sum")
+        rows = logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten()
+        if self._signed:
+            yield (cross_entropy(*rows, reduction="none").view(len(logits), -1).sum(1) * self._signs((len(logits),), logits)).sum()
+        else:
+            yield cross_entropy(*rows, reduction="sum")
 
-    def _pass(self, loss: Tensor, samples: int, last: bool) -> None:
+    @property
+    def _signed(self) -> bool:
+        """Whether random signs make up for gradients of single samples whose mean is not zero."""
+        return self._fisher != "sample" and any(isinstance(statistic, Columns) for statistic in self._statistics)
+
+    def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        coins = torch.randint(2, tuple(shape), device=like.device, generator=self._generator)
+        return coins.to(like.dtype).mul_(2).sub_(1)
+
+    def _pass(self, loss: Tensor, samples: int, first: bool, last: bool) -> None:
         params = [slot.parameter() for slot in self._slots]
-        self._stated = samples
+        self._stated, self._fresh, self._closed = samples, samples if first else 0, False
         try:
             if not _sharded.is_sharded(params):
                 torch.autograd.grad(loss, params, allow_unused=True, retain_graph=not last)
@@ -110,7 +127,12 @@ class Collection:
 
     def _take_sharded(self, grads: Mapping[int, Tensor | None]) -> None:
         """Averages over the ranks come as DTensors; no hook has seen them. Every rank takes its share of the whole batch's squares."""
+        if not self._closed:
+            self._close()
         for statistic in self._statistics:
+            if isinstance(statistic, Columns):
+                statistic.take_all([grads.get(id(slot.parameter())) for slot in statistic.slots])
+                continue
             for index, slot in enumerate(statistic.slots):
                 grad = grads.get(id(slot.parameter()))
                 if grad is not None:
@@ -182,13 +204,14 @@ class Collection:
     @torch.no_grad()
     def _close(self) -> None:
         """A backward pass is over."""
-        self._queued = False
+        self._queued, self._closed = False, True
+        if self._stated is None and self._signed:
+            raise ValueError(f"fisher={self._fisher!r} needs a sign for each sample's loss: call the collection's backward(logits, targets)")
         called, self._called, batch, self._batch = self._called, [], self._batch, None
         batches = list({id(call.batch): call.batch for call in called}.values()) or ([batch] if batch is not None else [])
         fresh = sum(b.samples for b in batches if not b.counted)
         samples = self._stated if self._stated is not None else sum(b.samples for b in batches)
-        if fresh or not batches:
-            self._samples += samples if self._stated is not None else fresh
+        self._samples += fresh if self._stated is None else self._fresh
         scale = float(samples) if self._stated is None and self._reduction == "mean" else 1.0
         for statistic in self._statistics:
             statistic.close(samples, scale)
@@ -203,24 +226,27 @@ class Collection:
         Raises:
             ValueError: a NaN or an Inf, or a weight that was used without a call of its module; the layers are named.
         """
-        tensors = {key: self._parallel.reduce(t) for statistic in self._statistics for key, t in statistic.sums().items()}
+        found = {key: t for statistic in self._statistics for key, t in statistic.sums().items()}
+        tensors = {key: self._parallel.reduce(t) for key, t in found.items() if isinstance(t, Tensor)}
+        parts = {key: part.over(self._parallel) for key, part in found.items() if not isinstance(part, Tensor)}
         if self._direct:
             raise ValueError(
                 f"the weights of {some(sorted(self._direct))} had gradients though no call of these modules was seen; Kronecker factors need "
                 "the module's call: name the other layers by layers=[...], so that these have a diagonal"
             )
-        flags = torch.stack([torch.isfinite(t).all() for t in tensors.values()]).double() if tensors else torch.empty(0)
+        checked = {**tensors, **parts}
+        flags = torch.stack([t.is_finite() if key in parts else torch.isfinite(t).all() for key, t in checked.items()]).double()
         counts = [t.reshape(1).to(flags.device) for (kind, _), t in tensors.items() if kind == "rows"]
         read = torch.cat([flags, *counts]).tolist()
-        failing = list(dict.fromkeys(name for (_, name), ok in zip(tensors, read, strict=False) if not ok))
+        failing = list(dict.fromkeys(name for (_, name), ok in zip(checked, read, strict=False) if not ok))
         if failing:
             raise ValueError(
                 f"a NaN or an Inf in the activations or gradients of {some(failing)}: the training has diverged, or a batch holds one; "
                 "nothing of this block was kept"
             )
-        rows = dict(zip((name for kind, name in tensors if kind == "rows"), read[len(tensors) :], strict=True))
+        rows = dict(zip((name for kind, name in tensors if kind == "rows"), read[len(checked) :], strict=True))
         kept = {key: t for key, t in tensors.items() if key[0] != "rows"}
-        return Sums(self._parallel.total(self._samples), rows, kept)
+        return Sums(self._parallel.total(self._samples), rows, kept, parts)
 
 
 def checked_words(fisher: str, sequence: str, reduction: str) -> None:

@@ -1,0 +1,131 @@
+"""A precision of low rank plus a diagonal over all trainable parameters together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcl import _distributed
+from fastcl.ops import _low_rank_checks, _sharded
+from fastcl.precision._base import Precision
+from fastcl.precision._blocks import Block
+from fastcl.precision._columns import COLUMNS, Columns
+from fastcl.precision._factors import Damping
+from fastcl.precision._gathered import Gathered, sum_of
+from fastcl.precision._joint_block import JointBlock
+from fastcl.precision._statistics import Statistic, Sums
+
+
+class LowRankPrecision(Precision):
+    """``Lambda = D + U U^T``, D diagonal and U of rank ``rank``, over all trainable parameters together: it couples layers.
+
+    Kept as ``D``, orthonormal rows ``Q`` [rank, P] and the singular values ``sigma`` of ``D^-1/2 U``; steps need two sweeps over ``Q``
+    (:func:`fastcl.ops.low_rank_step_`). For the form see Kao, Jensen et al., "Natural continual learning", NeurIPS 2021, arXiv 2106.08085, and
+    Mirzadeh et al. 2020 for why few directions of a task's curvature suffice. A task adds its Fisher information by
+    :func:`fastcl.ops.low_rank_append_`: the principal directions of the sum stay in U, what is dropped goes to D, element by element, so that
+    the diagonal of Lambda is always that of the sum.
+
+    The Fisher information per datum, the mean over samples of ``g_n g_n^T``, comes from one column per backward pass, whose samples' gradients
+    are summed before they are squared:
+
+    * ``fisher="sample"``: ``v = sum_n g_n`` for drawn labels. They are independent and the ``g_n`` have mean zero, so that ``E[v v^T]`` is the
+      sum of the ``E[g_n g_n^T]``: with N samples in all, ``1/N sum_batches v v^T`` is unbiased.
+    * ``fisher="exact"`` (a column per class) and ``"empirical"``: ``v = sum_n e_n w_n g_n`` with random signs ``e_n``, whose products have mean
+      zero where the gradients have not; ``w_n`` is the root of the class' probability, or 1. Unbiased, too.
+
+    A batch gives one direction however large it is: many small batches tell more of F than few large ones. ``rank`` columns of each task
+    at least are a good beginning.
+
+    Example::
+
+        precision = fastcl.LowRankPrecision(model, n_data=len(dataset), rank=16)
+        optimizer = fastcl.optim.NCL(model, precision, lr=0.05)
+        ...
+        with precision.collect() as fisher:
+            for x, _ in loader:
+                fisher.backward(model(x))
+        precision.merge_()
+        precision.anchor_()
+
+    With parameters sharded by ``fully_shard`` (FSDP2) D, Q and the anchor are sharded as they are; a step sums O(rank) numbers over the ranks.
+
+    Args:
+        model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` or neither.
+        n_data: the number of data of a task, > 0: ``Lambda_0 = I / n_data``.
+        rank: rows of Q, from 0 (then D is all there is) to 255. Memory: ``(8 + 4 rank) P`` bytes in float32, while collecting
+            ``4 (1 + rank + gather) P`` more.
+        gather: columns that wait for one compression, at least 1; None: as many as ``rank``, up to 8.
+
+    Raises:
+        TypeError: a model or a number of a wrong kind.
+        ValueError: a number outside its range, no trainable parameter, an embedding with sparse gradients.
+    """
+
+    _format = "fastcl.low_rank_precision"
+
+    def __init__(self, model: nn.Module, n_data: float, *, rank: int = 16, gather: int | None = None) -> None:
+        super().__init__(model, n_data, ())
+        self._rank = _whole("rank", rank, 0, _low_rank_checks.MOST_ROWS - 1)
+        most = _low_rank_checks.MOST_ROWS - self._rank
+        self._gather = min(max(self._rank, 1), 8, most) if gather is None else _whole("gather", gather, 1, most)
+        self._block = JointBlock(self._slots, self._rank, 1 / self._n_data)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One: it couples all parameters."""
+        return (self._block,)
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of Q."""
+        return self._rank
+
+    @property
+    def report(self) -> dict[str, str]:
+        """What happens to each trainable parameter, by its name."""
+        return {slot.name: f"columns of one Q of rank {self._rank}, and a diagonal" for slot in self._slots}
+
+    @property
+    def diagonal(self) -> dict[str, Tensor]:
+        """D by parameter name, not copied, without damping."""
+        return self._by_name(self._block.own.diagonal)
+
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """Q by parameter name, each [rank, \\*shape], not copied, without damping."""
+        return self._by_name(self._block.own.basis)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The singular values of D^-1/2 U, float64 [rank], descending; 0 where a row is unused."""
+        return self._block.own.sigma
+
+    def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return {slot.name: t for slot, t in zip(self._slots, tensors, strict=True)}
+
+    def _damp(self, damping: Damping | None) -> None:
+        self._block.damp(0.0 if damping is None else damping[1])
+
+    def _statistics(self, fisher: str, sequence: str) -> list[Statistic]:  # noqa: ARG002
+        gathered = Gathered(self._block.own.diagonal, self._rank, self._gather, self._block.names)
+        return [Columns(self._slots, gathered, _distributed.data_parallel(self._model, self._slots))]
+
+    def _merge(self, sums: Sums, rule: str, weight: float) -> None:  # noqa: ARG002
+        gathered = sums.parts[COLUMNS, ""]
+        self._block.take(sum_of(self._block.own, gathered, weight / sums.samples))
+
+    def _kept(self) -> dict[str, Any]:
+        kinds = {"diagonal": self.diagonal, "basis": self.basis, "anchor": self._by_name(self._block.anchors())}
+        tensors = {kind: {name: t.clone() for name, t in own.items()} for kind, own in kinds.items()}
+        return {**tensors, "sigma": self.sigma.clone(), "n_data": self._n_data, "damping": self._damping}
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value}")
+    return value
