@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,23 @@ from fastcl import _distributed
 from fastcl._model import check_unchanged, some
 from fastcl._state import Stateful
 from fastcl.ops._checks import at_least_zero, positive
+from fastcl.precision import _saved
 from fastcl.precision._blocks import Block
 from fastcl.precision._collect import Collection, checked_words
 from fastcl.precision._factors import Damping
 from fastcl.precision._layers import compute_dtype, discover
 from fastcl.precision._squares import of as squares_of
 from fastcl.precision._statistics import FactorSums, Statistic, Sums
+
+
+class Common(NamedTuple):
+    """The part of a state that all forms have."""
+
+    n_data: float
+    changes: int
+    damping: Damping | None
+    anchors: list[Tensor]
+
 
 Values = TypeVar("Values", Mapping[str, Tensor], Sequence[Tensor | None])
 RULES = ("kl", "pi", "frobenius")
@@ -252,6 +263,28 @@ class Precision(Stateful, abc.ABC):
                 raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
             result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(t.detach())
         return result
+
+    def _kept(self) -> dict[str, Any]:
+        damping = None if self._damping is None else list(self._damping)
+        return {"n_data": self._n_data, "changes": self._version, "damping": damping, "anchor": _saved.copied(self.anchor)}
+
+    def _common(self, state: Mapping[str, Any]) -> Common:
+        """What every form's state holds, checked."""
+        self._follow()
+        changes = state.get("changes")
+        if not isinstance(changes, int) or isinstance(changes, bool) or changes < 0:
+            raise ValueError(f"changes is {changes!r}; accepted is a whole number from 0")
+        anchors = _saved.tensors(state, "anchor", self.anchor)
+        return Common(positive("n_data", state.get("n_data")), changes, _damping(state.get("damping")), anchors)
+
+    def _adopt(self, common: Common) -> None:
+        """Take over what :meth:`_common` has checked. What was collected and not merged is dropped."""
+        for block in self.blocks:
+            block.set_anchors(common.anchors[: len(block.names)])
+            del common.anchors[: len(block.names)]
+        self._n_data, self._damping, self._sums = common.n_data, common.damping, None
+        # An optimizer whose state belongs to another Lambda sees it by the number.
+        self._version = max(self._version, common.changes) + 1
 
     def _follow(self) -> None:
         """Move to the model's device."""

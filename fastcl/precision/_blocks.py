@@ -60,3 +60,6 @@ class Block(Protocol):
 
     def quadratic(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """X^T Lambda X: float64, 0-d."""
+
+    def follow(self) -> None:
+        """Move to the device of the parameters."""

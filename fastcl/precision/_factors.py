@@ -44,6 +44,7 @@ class Factors:
         self.shapes = tuple(slot.parameter().shape for slot in layer.slots)
         self.rows, self.columns, self.dtype = layer.rows, layer.columns, compute_dtype(weight)
         self.anchor = padded(self.rows, self.columns, self.dtype, weight.device)
+        self._workspace: Tensor | None = None
         options = {"dtype": self.dtype, "device": weight.device}
         A = torch.eye(self.columns, **options).mul_(value)  # type: ignore[call-overload]
         G = torch.full((self.rows,), value, **options) if layer.kind == "embedding" else torch.eye(self.rows, **options).mul_(value)  # type: ignore[call-overload]
@@ -66,6 +67,16 @@ class Factors:
         for part, p in zip(parts(matrix, self.shapes), self.params(), strict=True):
             part.copy_(_distributed.whole(p))
         return matrix
+
+    def workspace(self) -> Tensor:
+        """A matrix for the direction of a step: made at the first, kept for the next."""
+        if self._workspace is None or self._workspace.device != self.anchor.device:
+            self._workspace = padded(self.rows, self.columns, self.dtype, self.anchor.device)
+        return self._workspace
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the workspace, which has nothing to keep."""
+        return {**self.__dict__, "_workspace": None}
 
     def follow(self) -> None:
         """Move to the device of the weight."""

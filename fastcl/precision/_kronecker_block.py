@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastcl import ops
+from fastcl.ops.kronecker import ncl_apply_, ncl_direction_
 from fastcl.precision._blocks import State
 from fastcl.precision._buffers import padded, parts, whole
-from fastcl.precision._factors import Eigen, Factors
+from fastcl.precision._factors import Eigen, Factors, Pair
 
 MOMENTUM, PULL = "dual_momentum", "pull"
 T = TypeVar("T")
@@ -89,40 +90,43 @@ class KroneckerBlock:
         lists = self._lists(grads, states)
         if not lists.layers:
             return
-        inverse = [f.matrices.inverse for f in lists.layers]
-        if None in inverse:
-            V = self._solved(lists, momentum, strength)
-            _apply(lists, V, lr)
+        inverse = _inverses(lists.layers)
+        if inverse is not None:
+            ops.ncl_step_(lists.params, lists.grads, lists.M, lists.H, inverse, lr, momentum, strength)
             return
-        ops.ncl_step_(lists.params, lists.grads, lists.M, lists.H, inverse, lr, momentum, strength)
+        V, _ = self._direction(lists, momentum, strength)
+        ncl_apply_(lists.params, lists.H, V, lists.M, torch.full((), lr, dtype=torch.float64, device=V[0].device))
 
     @torch.no_grad()
     def direction(self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float) -> Tensor:
-        """Its squared norm <M, V>."""
+        """<M, V>."""
         lists = self._lists(grads, states)
-        V = self._solved(lists, momentum, strength)
-        self._kept = lists, V
-        if not V:
+        if not lists.layers:
+            self._kept = None
             return torch.zeros((), dtype=torch.float64, device=self.layers[0].anchor.device)
-        return torch.stack([(M.double() * v.double()).sum() for M, v in zip(lists.M, V, strict=True)]).sum()
+        V, square = self._direction(lists, momentum, strength)
+        self._kept = lists, V
+        return square
 
     @torch.no_grad()
     def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
         """W <- W - step V, pull <- pull - step M."""
-        if self._kept is None:
-            raise RuntimeError("apply() takes the direction of the last direction(), and there is none")
-        (lists, V), self._kept = self._kept, None
-        _apply(lists, V, step)
+        if self._kept is not None:
+            (lists, V), self._kept = self._kept, None
+            ncl_apply_(lists.params, lists.H, V, lists.M, step)
 
-    def _solved(self, lists: Lists, momentum: float, strength: float) -> list[Tensor]:
-        V = []
-        for f, grads, M, H in zip(lists.layers, lists.grads, lists.M, lists.H, strict=True):
+    def _direction(self, lists: Lists, momentum: float, strength: float) -> tuple[list[Tensor], Tensor]:
+        V = [f.workspace() for f in lists.layers]
+        inverse = _inverses(lists.layers)
+        if inverse is not None:
+            return V, ncl_direction_(lists.grads, lists.M, V, lists.H, inverse, momentum, strength)
+        for f, grads, M, H, v in zip(lists.layers, lists.grads, lists.M, lists.H, V, strict=True):
             M.mul_(momentum).add_(H, alpha=strength)
             for part, g in zip(parts(M, f.shapes), grads, strict=True):
                 part.add_(g)
-            V.append(padded(f.rows, f.columns, f.dtype, M.device).copy_(M))
+            v.copy_(M)
         _solve(lists.layers, V)
-        return V
+        return V, torch.stack([(M.double() * v).sum() for M, v in zip(lists.M, V, strict=True)]).sum()
 
     @torch.no_grad()
     def anchor_(self) -> None:
@@ -161,6 +165,11 @@ class KroneckerBlock:
             if f.matrices.eigen is not None:
                 total = total + f.matrices.eigen.alpha * x.double().square().sum()
         return total
+
+    def follow(self) -> None:
+        """Move to the device of the weights."""
+        for f in self.layers:
+            f.follow()
 
     def _through(self, tensors: Sequence[Tensor | None], function: Callable[[Sequence[Factors], Sequence[Tensor]], None]) -> None:
         layers, X = self._gathered(tensors)
@@ -251,9 +260,7 @@ def _multiply(layers: Sequence[Factors], X: Sequence[Tensor]) -> None:
             x.add_(shift)
 
 
-def _apply(lists: Lists, V: Sequence[Tensor], step: Tensor | float) -> None:
-    for f, params, H, M, v in zip(lists.layers, lists.params, lists.H, lists.M, V, strict=True):
-        s = step.to(f.dtype) if isinstance(step, Tensor) else step
-        for p, part in zip(params, parts(v, f.shapes), strict=True):
-            p.sub_(part * s)
-        H.sub_(M * s)
+def _inverses(layers: Sequence[Factors]) -> list[Pair] | None:
+    """The inverse factors; None with damping "exact"."""
+    found = [f.matrices.inverse for f in layers]
+    return None if None in found else [pair for pair in found if pair is not None]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcl import _distributed, ops
 from fastcl._model import Slot
+from fastcl.ops import _low_rank_stages as stages
 from fastcl.precision._blocks import State
 from fastcl.precision._layers import compute_dtype
 
@@ -81,9 +82,8 @@ class LowRankBlock:
         args = (*lists[:2], lists[2] if momentum else [], lists[3] if strength else [], *lists[4:])
         rank = len(self.sigma)
         found = place.sums("low_rank_step_products", (2 * rank + 3,), *args, rest=(momentum, strength))
-        self._kept = args, _stages().shrunk(self.sigma, found[:rank]), momentum, strength
-        square: Tensor = _stages().direction_square(found, self.sigma)
-        return square
+        self._kept = args, stages.shrunk(self.sigma, found[:rank]), momentum, strength
+        return stages.direction_square(found, self.sigma)
 
     @torch.no_grad()
     def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
@@ -148,6 +148,18 @@ class LowRankBlock:
         rows = [(t, d, q) for t, d, q in zip(tensors, self.damped, self.basis, strict=True) if t is not None]
         return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
+    def add_(self, more: Sequence[Tensor]) -> None:
+        """D <- D + more."""
+        for d, m in zip(self.diagonal, more, strict=True):
+            d.add_(m)
+        self.damp(self.damping)
+
+    def replace(self, diagonal: Sequence[Tensor]) -> None:
+        """D <- the given."""
+        for d, value in zip(self.diagonal, diagonal, strict=True):
+            d.copy_(value)
+        self.damp(self.damping)
+
     def damp(self, alpha: float) -> None:
         """Use ``D + alpha`` in place of D. The basis is one for D^-1/2 U, so with directions the caller changes it, too."""
         self.damping = alpha
@@ -162,11 +174,5 @@ class LowRankBlock:
             self.damp(self.damping)
 
 
-def _stages() -> Any:
-    from fastcl.ops import _low_rank_stages
-
-    return _low_rank_stages
-
-
-def _place(sigma: Tensor) -> Any:
-    return _stages().Place(_stages().Checked(), sigma.device)
+def _place(sigma: Tensor) -> stages.Place:
+    return stages.Place(stages.Checked(), sigma.device)

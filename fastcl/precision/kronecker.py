@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastcl import ops
 from fastcl._model import some
+from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
 from fastcl.precision._factors import Damping, Factors, Matrices, Pair, prepare
@@ -81,6 +82,48 @@ class KroneckerPrecision(Precision):
         found = {f.layer.name: pair for f in self._factors if (pair := self._sums.factors(f.layer)) is not None}
         return found, {d.slot.name: self._sums.squares(d.slot.name) for d in self._layout.diagonal}
 
+    @classmethod
+    def from_factors(
+        cls, model: nn.Module, factors: Mapping[str, Pair], *, anchor: Mapping[str, Tensor] | None = None, n_data: float
+    ) -> KroneckerPrecision:
+        """A precision with factors from elsewhere.
+
+        Args:
+            model: as in :class:`KroneckerPrecision`.
+            factors: the pair ``(A, G)`` of each Kronecker-factored layer by module name: A [in + 1, in + 1], the bias last (without a bias
+                [in, in]; in: the inputs of ``weight.flatten(1)``), G [out, out]; of an Embedding A [dim, dim], G [tokens]. Copied. Modules
+                that are not named have diagonals, those of the prior.
+            anchor: mu, by module name: ``[W.flatten(1) | b]``, [out, in + 1]; None, and for parameters with diagonals: the parameters that
+                the model has now.
+            n_data: the number of data of a task, > 0; Lambda is per datum.
+
+        Raises:
+            TypeError: an argument of a wrong kind.
+            ValueError: as :class:`KroneckerPrecision`; factors that are not square, not symmetric (to 1e-5 of the largest element), not
+                finite, not positive definite, or not of the layer's sizes. The layer is named.
+        """
+        if not isinstance(factors, Mapping):
+            raise TypeError(f"factors must be a mapping from module names to pairs (A, G), got {type(factors).__name__}")
+        precision = cls(model, n_data, layers=list(factors))
+        own = {f.layer.name: f for f in precision._factors}
+        pairs = {i: _saved.factors(factors[name], own[name].layer) for i, name in enumerate(own)}
+        if anchor is not None:
+            _saved.names("anchor", anchor, own)
+            for name, f in own.items():
+                _saved.tensor(f"the anchor of layer {name!r}", anchor[name], (f.rows, f.columns), "that of [W | b]")
+        with torch.no_grad():
+            precision._replace(pairs, None)
+            precision.anchor_()
+            for name, value in (anchor or {}).items():
+                own[name].anchor.copy_(value)
+        return precision
+
+    def _replace(self, pairs: Mapping[int, Pair], damping: Damping | None) -> None:
+        """Take these factors for all layers, or raise and change nothing."""
+        moved = {i: tuple(t.to(f.anchor.device, f.dtype) for t in pairs[i]) for i, f in enumerate(self._factors)}
+        for i, matrices in self._prepared({i: (A, G) for i, (A, G) in moved.items()}, damping).items():
+            self._factors[i].matrices, self._factors[i].failures = matrices, 0
+
     @torch.no_grad()
     def _merge(self, sums: Sums, rule: str, weight: float) -> None:
         pairs: dict[int, Pair] = {}
@@ -89,18 +132,13 @@ class KroneckerPrecision(Precision):
                 A, G = (t.double() for t in f.matrices.factors)
                 left, right = ops.kron_merge(G, A, found[1] * weight, found[0], rule)
                 pairs[i] = (right.to(f.dtype), left.to(f.dtype))
-        diagonals = [] if self._diagonal is None else [sums.squares(name) * weight for name in self._diagonal.names]
         self._install(pairs, self._damping)
         if self._diagonal is not None:
-            for d, more in zip(self._diagonal.diagonal, diagonals, strict=True):
-                d.add_(more)
-            self._diagonal.damp(0.0 if self._damping is None else self._damping[1])
+            self._diagonal.add_([sums.squares(name) * weight for name in self._diagonal.names])
 
     @torch.no_grad()
     def _damp(self, damping: Damping | None) -> None:
-        prepared = self._prepared({i: f.matrices.factors for i, f in enumerate(self._factors)}, damping)
-        for f, matrices in zip(self._factors, prepared.values(), strict=True):
-            f.matrices = matrices
+        self._replace({i: f.matrices.factors for i, f in enumerate(self._factors)}, damping)
         if self._diagonal is not None:
             self._diagonal.damp(0.0 if damping is None else damping[1])
 
@@ -130,3 +168,19 @@ class KroneckerPrecision(Precision):
         if failed:
             raise ValueError(f"the factors of {some(failed)} are not finite or not positive definite; nothing was changed")
         return {i: matrices for i, matrices in zip(pairs, found, strict=True) if matrices is not None}
+
+    def _kept(self) -> dict[str, Any]:
+        factors = {f.layer.name: [t.clone(memory_format=torch.contiguous_format) for t in f.matrices.factors] for f in self._factors}
+        return {**super()._kept(), "factors": factors, "diagonal": _saved.copied(self.diagonal)}
+
+    @torch.no_grad()
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        common = self._common(state)
+        given = _saved.names("state['factors']", state.get("factors"), [f.layer.name for f in self._factors])
+        pairs = {i: _saved.factors(given[f.layer.name], f.layer) for i, f in enumerate(self._factors)}
+        diagonal = _saved.tensors(state, "diagonal", self.diagonal, positive=True)
+        self._replace(pairs, common.damping)
+        if self._diagonal is not None:
+            self._diagonal.damp(0.0 if common.damping is None else common.damping[1])
+            self._diagonal.replace(diagonal)
+        self._adopt(common)
