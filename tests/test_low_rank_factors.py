@@ -75,8 +75,7 @@ def test_sketches_of_two_ranks_are_one_sketch():
     parts = [Sketch(40, 8, torch.device("cpu")) for _ in range(2)]
     for sketch, part in zip(parts, rows.split(32), strict=True):
         sketch.add(part)
-    parts[0].merge(parts[1].rows, parts[1].trace, parts[1].finite)
-    torch.testing.assert_close(parts[0].factor(64, 6, F64).dense(), rows.T @ rows / 64, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(parts[0].plus(parts[1]).factor(64, 6, F64).dense(), rows.T @ rows / 64, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -118,7 +117,7 @@ def test_merges_with_full_rank_are_those_of_dense_factors(rule, kind):
         b_right, c_right = torch.rand(m, dtype=F64) + 0.1, torch.tensor([0.0, 1, 2, 0, 3], dtype=F64)
     else:
         b_right, c_right = factor(m, 2, 0.3), factor(m, 1, 0.2)
-    left, right = merge((b_left, c_left), (b_right, c_right), rule, n - 1)
+    left, right = merge((b_left, c_left), (b_right, c_right), rule, (n - 1, m - 1))
     found = torch.kron(dense(left), dense(right))
     target = torch.kron(dense(b_left), dense(b_right)) + torch.kron(dense(c_left), dense(c_right))
     torch.testing.assert_close(found, _oracle(rule, target, [dense(f) for f in (b_left, b_right, c_left, c_right)]), rtol=1e-8, atol=1e-9)
@@ -146,7 +145,7 @@ def _oracle(rule, target, parts):
 def test_identical_tasks_add_up(rule):
     left, right = b = factor(30, 4), factor(20, 3)
     for _ in range(3):
-        left, right = merge((left, b[0]), (right, b[1]), rule, 4)
+        left, right = merge((left, b[0]), (right, b[1]), rule, (4, 3))
     probe = torch.randn(20, 30, dtype=F64)
     torch.testing.assert_close(right.dense() @ probe @ left.dense(), 4 * b[1].dense() @ probe @ b[0].dense(), rtol=1e-9, atol=1e-9)
 
@@ -155,14 +154,14 @@ def test_identical_tasks_add_up(rule):
 def test_a_task_without_information_changes_nothing(rule):
     b = factor(9, 2), factor(6, 2)
     nothing = identity(0.0, 9, 2, b[0].basis, F64)
-    left, right = merge((b[0], nothing), (b[1], factor(6, 1)), rule, 2)
+    left, right = merge((b[0], nothing), (b[1], factor(6, 1)), rule, (2, 2))
     assert left is b[0]
     assert right is b[1]
 
 
 def test_a_merge_keeps_trace_and_leading_directions():
     b, c = factor(40, 4), factor(40, 4, 0.1, 30.0)
-    left, _ = merge((b, c), (torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)), "pi", 4)
+    left, _ = merge((b, c), (torch.ones(1, dtype=F64), torch.ones(1, dtype=F64)), "pi", (4, 0))
     pi = ((40 * 0.7 + float(b.values.sum())) / (40 * 0.1 + float(c.values.sum()))) ** 0.5
     exact = b.dense() + pi * c.dense()
     assert left.trace() == pytest.approx(float(exact.trace()), rel=1e-12)
@@ -173,11 +172,11 @@ def test_a_merge_keeps_trace_and_leading_directions():
 def test_merge_errors():
     b, c = factor(5, 2), factor(5, 2)
     with pytest.raises(ValueError, match="rule must be one of 'kl', 'pi', 'frobenius', got 'mean'"):
-        merge((b, c), (b, c), "mean", 2)
+        merge((b, c), (b, c), "mean", (2, 2))
     with pytest.raises(ValueError, match="not positive definite"):
-        merge((b._replace(scale=0.0), c), (b, c), "kl", 2)
+        merge((b._replace(scale=0.0), c), (b, c), "kl", (2, 2))
     with pytest.raises(TypeError, match="of one kind"):
-        merge((b, torch.ones(5)), (b, c), "kl", 2)
+        merge((b, torch.ones(5)), (b, c), "kl", (2, 2))
 
 
 def test_fitted_outside_of_the_frame():

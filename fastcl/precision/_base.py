@@ -176,14 +176,18 @@ class Precision(Stateful, abc.ABC):
 
     def _statistics(self, fisher: str, sequence: str) -> list[Statistic]:
         """What :meth:`collect` accumulates."""
+        self._check_others(fisher)
+        factors: list[Statistic] = [FactorSums(layer, sequence) for layer in self._layout.layers]
+        return factors + [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
+
+    def _check_others(self, fisher: str) -> None:
+        """Raise ValueError if there are parameters of which only drawn labels tell the squares."""
         others = [d.slot.name for d in self._layout.diagonal if d.kind == "other"]
         if others and fisher != "sample":
             raise ValueError(
                 f"fisher={fisher!r} needs gradients of single samples, which cannot be told apart for {some(others)}; use fisher='sample', or "
                 "freeze them"
             )
-        factors: list[Statistic] = [FactorSums(layer, sequence) for layer in self._layout.layers]
-        return factors + [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
 
     def merge_(self, rule: str = "kl", weight: float = 1.0) -> None:
         """Lambda <- Lambda + weight * F for the F that was collected since the last merge, and factorise.
@@ -261,7 +265,8 @@ class Precision(Stateful, abc.ABC):
                 raise TypeError(f"{argument}[{slot.name!r}] must be a tensor, got {type(t).__name__}")
             if t.shape != p.shape:
                 raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
-            result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(t.detach())
+            own = t.detach()
+            result[slot.name] = torch.empty_like(own, dtype=compute_dtype(p), memory_format=torch.contiguous_format).copy_(own)
         return result
 
     def _kept(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Columns:
 
     def take(self, index: int, grad: Tensor) -> None:
         """The gradient of a parameter on this rank."""
-        self._seen[index] = grad.detach()
+        # A copy: autograd adds to the tensor itself where it becomes a .grad, and may hand out one tensor for two parameters.
+        self._seen[index] = grad.detach().clone()
 
     def close(self, samples: int, scale: float) -> None:
         """A column; the ranks' are added up."""
@@ -45,7 +46,7 @@ class Columns:
         vector: list[Tensor | None] = [seen.get(i) for i in range(len(self.slots))]
         if self._parallel.size > 1:  # with zeros where there is nothing: all ranks take part in every sum
             metric = self.gathered.metric
-            vector = [self._parallel.reduce(torch.zeros_like(d) if t is None else t.to(d.dtype, copy=True)) for t, d in zip(vector, metric, strict=True)]
+            vector = [self._parallel.reduce(torch.zeros_like(d) if t is None else t.to(d.dtype)) for t, d in zip(vector, metric, strict=True)]
         if scale != 1:
             vector = [None if t is None else t * scale for t in vector]
         self.gathered.add(vector)

@@ -178,6 +178,17 @@ class JointBlock:
         return place, [*(next(found) if tensors else [] for tensors in others), d, b]
 
     @torch.no_grad()
+    def rows_of(self, form: Form) -> Tensor:
+        """Products of the rows of a form's basis, [r, r] float64."""
+        rank = len(form.sigma)
+        place, (d, b) = self._place(form.diagonal, form.basis)
+        own = [pick(tensors, place.counted) for tensors in (d, b)]
+        gram = torch.zeros((rank, rank), dtype=torch.float64, device=form.sigma.device)
+        if own[0] and rank:
+            gram = place.call.read("low_rank_gram", own[0], *own, torch.ones_like(form.sigma), [])
+        return place.reduce(gram)
+
+    @torch.no_grad()
     def anchor_(self) -> None:
         """Mu <- W."""
         self.set_anchors(self.params)
@@ -206,7 +217,7 @@ class JointBlock:
         weights = along * sigma * sigma
         for value, diagonal, rows in zip(x, d, b, strict=True):
             coupled = torch.tensordot(weights.to(diagonal.dtype), rows, dims=1)
-            value.mul_(diagonal).addcmul_(diagonal.sqrt(), coupled)
+            value.mul_(diagonal).add_(diagonal.sqrt().mul_(coupled))
         if _sharded.is_sharded(values):
             _sharded.bump_versions(values)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl._distributed import DataParallel
+
 
 class LowRankFactor(NamedTuple):
     """``scale I + basis^T diag(values) basis``: ``basis`` [k, n] with orthonormal rows, ``values`` float64 [k], from 0, descending.
@@ -107,10 +109,30 @@ class Sketch:
             stack[self.size :].mul_(weight**0.5)
             self._compress(stack)
 
-    def merge(self, other_rows: Tensor, other_trace: Tensor, other_finite: Tensor) -> None:
-        """``S += `` another sketch's, as another rank holds it."""
-        self._compress(torch.cat([self.rows, other_rows]), extra=other_trace - other_rows.square().sum())
-        self.finite = self.finite & other_finite
+    def plus(self, other: Sketch) -> Sketch:
+        """The sketch of both sums."""
+        both = Sketch(self.width, self.size, self.rows.device)
+        both.rows, both.trace, both.finite = self.rows, self.trace, self.finite & other.finite
+        both._compress(torch.cat([self.rows, other.rows]), extra=other.trace - other.rows.square().sum())
+        return both
+
+    def over(self, parallel: DataParallel) -> Sketch:
+        """The sketch of the sums of all ranks, the same on each."""
+        if parallel.size == 1:
+            return self
+        flat = torch.cat([self.rows.flatten(), self.trace[None], self.finite.double()[None]])
+        every = flat.new_zeros((parallel.size, len(flat)))
+        every[parallel.rank] = flat
+        result: Sketch | None = None
+        for row in parallel.reduce(every):
+            one = Sketch(self.width, self.size, self.rows.device)
+            one.rows, one.trace, one.finite = row[:-2].view_as(self.rows), row[-2], row[-1] > 0
+            result = one if result is None else result.plus(one)
+        return result or self
+
+    def is_finite(self) -> Tensor:
+        """Whether all rows were, on the device."""
+        return self.finite
 
     def _compress(self, stack: Tensor, extra: Tensor | None = None) -> None:
         gram = stack @ stack.T

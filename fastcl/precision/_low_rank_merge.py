@@ -28,10 +28,10 @@ class Side(NamedTuple):
     mix: Callable[[float, float], Factor]
 
 
-def merge(left: tuple[Factor, Factor], right: tuple[Factor, Factor], rule: str, rank: int) -> tuple[Factor, Factor]:
+def merge(left: tuple[Factor, Factor], right: tuple[Factor, Factor], rule: str, ranks: tuple[int, int]) -> tuple[Factor, Factor]:
     """``(L, R)`` with ``L x R`` near ``B_L x B_R + C_L x C_R``, for ``left = (B_L, C_L)`` and ``right = (B_R, C_R)``.
 
-    All rules give ``L = e0 B_L + e1 C_L`` and ``R = f0 B_R + f1 C_R``; low-rank ones are then cut back to ``rank`` with their trace. Where
+    All rules give ``L = e0 B_L + e1 C_L`` and ``R = f0 B_R + f1 C_R``; low-rank ones are then cut back to ``ranks`` with their trace. Where
     ``C_L`` or ``C_R`` is zero the result is ``(B_L, B_R)``. A diagonal factor is a float64 tensor [n]; a factor as for
     :class:`LowRankFactor` a named tuple.
 
@@ -39,7 +39,7 @@ def merge(left: tuple[Factor, Factor], right: tuple[Factor, Factor], rule: str, 
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    one, other = _side(*left, rank), _side(*right, rank)
+    one, other = _side(*left, ranks[0]), _side(*right, ranks[1])
     if one.traces[1] <= 0 or other.traces[1] <= 0:
         return left[0], right[0]
     e0, e1, f0, f1 = {"kl": _kl, "pi": _pi, "frobenius": _frobenius}[rule](one, other)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastcl.precision._blocks import State
 from fastcl.precision._buffers import parts
+from fastcl.precision._factors import Factors
 from fastcl.precision._kronecker_block import KroneckerBlock, Lists
 from fastcl.precision._low_rank_form import Form, Products, Rows
 from fastcl.precision._skinny_factors import SkinnyFactors
@@ -45,11 +47,10 @@ class SkinnyBlock(KroneckerBlock):
     @torch.no_grad()
     def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
         """The second pass."""
-        if self._passed is None:
-            raise RuntimeError("apply() takes the direction of the last direction(), and there is none")
-        (lists, passed), self._passed = self._passed, None
-        for i, products in enumerate(passed):
-            _second(lists, i, products, step)
+        if self._passed is not None:
+            (lists, passed), self._passed = self._passed, None
+            for i, products in enumerate(passed):
+                _second(lists, i, products, step)
 
     @torch.no_grad()
     def solve_(self, tensors: Sequence[Tensor | None]) -> None:
@@ -69,16 +70,16 @@ class SkinnyBlock(KroneckerBlock):
             return torch.zeros((), dtype=torch.float64, device=self.layers[0].anchor.device)
         return torch.stack([_fed(_product(f), x).finish() for f, x in zip(layers, X, strict=True)]).sum()
 
-    def _multiplied(self, layers: Sequence[SkinnyFactors], X: Sequence[Tensor]) -> None:
+    def _multiply(self, layers: Sequence[Factors], X: Sequence[Tensor]) -> None:
         _each(layers, X, _product)
 
 
-def _product(f: SkinnyFactors) -> Form:
-    return f.product
+def _product(f: Factors) -> Form:
+    return cast(SkinnyFactors, f).product
 
 
-def _inverse(f: SkinnyFactors) -> Form:
-    return f.inverse
+def _inverse(f: Factors) -> Form:
+    return cast(SkinnyFactors, f).inverse
 
 
 def _fed(form: Form, x: Tensor) -> Products:
@@ -89,7 +90,7 @@ def _fed(form: Form, x: Tensor) -> Products:
     return products
 
 
-def _each(layers: Sequence[SkinnyFactors], X: Sequence[Tensor], which: Callable[[SkinnyFactors], Form]) -> None:
+def _each(layers: Sequence[Factors], X: Sequence[Tensor], which: Callable[[Factors], Form]) -> None:
     """X <- f(Lambda) X, in place but for a block of rows."""
     for f, x in zip(layers, X, strict=True):
         products, rows = _fed(which(f), x), Rows(*x.shape)
@@ -103,7 +104,7 @@ def _each(layers: Sequence[SkinnyFactors], X: Sequence[Tensor], which: Callable[
 def _first(lists: Lists, i: int, momentum: float, strength: float) -> tuple[Products, Tensor]:
     """``M <- rho M + g + lambda H``, and the products of ``V = Lambda^-1 M`` with what is then still in the cache."""
     f, grads, M, H = lists.layers[i], lists.grads[i], lists.M[i], lists.H[i]
-    products = Products(f.inverse, f.rows)
+    products = Products(_inverse(f), f.rows)
     with torch.autocast(M.device.type, enabled=False):
         for s in Rows(*M.shape).slices:
             m = M[s].mul_(momentum)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import _distributed
-from fastcl.ops import _low_rank_checks, _sharded
+from fastcl.ops import _low_rank_checks
+from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
 from fastcl.precision._columns import COLUMNS, Columns
 from fastcl.precision._factors import Damping
+from fastcl.precision._forms import Form
 from fastcl.precision._gathered import Gathered, sum_of
 from fastcl.precision._joint_block import JointBlock
+from fastcl.precision._numbers import whole
 from fastcl.precision._statistics import Statistic, Sums
 
 
@@ -68,9 +71,9 @@ class LowRankPrecision(Precision):
 
     def __init__(self, model: nn.Module, n_data: float, *, rank: int = 16, gather: int | None = None) -> None:
         super().__init__(model, n_data, ())
-        self._rank = _whole("rank", rank, 0, _low_rank_checks.MOST_ROWS - 1)
+        self._rank = whole("rank", rank, 0, _low_rank_checks.MOST_ROWS - 1)
         most = _low_rank_checks.MOST_ROWS - self._rank
-        self._gather = min(max(self._rank, 1), 8, most) if gather is None else _whole("gather", gather, 1, most)
+        self._gather = min(max(self._rank, 1), 8, most) if gather is None else whole("gather", gather, 1, most)
         self._block = JointBlock(self._slots, self._rank, 1 / self._n_data)
 
     @property
@@ -118,14 +121,34 @@ class LowRankPrecision(Precision):
         self._block.take(sum_of(self._block.own, gathered, weight / sums.samples))
 
     def _kept(self) -> dict[str, Any]:
-        kinds = {"diagonal": self.diagonal, "basis": self.basis, "anchor": self._by_name(self._block.anchors())}
-        tensors = {kind: {name: t.clone() for name, t in own.items()} for kind, own in kinds.items()}
-        return {**tensors, "sigma": self.sigma.clone(), "n_data": self._n_data, "damping": self._damping}
+        kinds = {"diagonal": _saved.copied(self.diagonal), "basis": _saved.copied(self.basis)}
+        return {**super()._kept(), **kinds, "sigma": self.sigma.clone()}
+
+    @torch.no_grad()
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        common = self._common(state)
+        diagonal = _saved.tensors(state, "diagonal", self.diagonal, positive=True)
+        sigma = state.get("sigma")
+        if isinstance(sigma, Tensor) and sigma.dim() == 1 and len(sigma) != self._rank:
+            raise ValueError(f"the state has rank {len(sigma)}, this precision {self._rank}; make it with rank={len(sigma)}")
+        _saved.tensor("sigma", sigma, (self._rank,), "that of the rank")
+        basis = _saved.tensors(state, "basis", self.basis)
+        own = self._block.own
+        form = Form(
+            *([_distributed.lay_out(t, mine).to(mine.dtype).clone() for t, mine in zip(given, kept, strict=True)]
+              for given, kept in ((diagonal, own.diagonal), (basis, own.basis))),
+            state["sigma"].to(own.sigma.device, torch.float64, copy=True),
+        )
+        _check_rows(form.sigma, self._block.rows_of(form))
+        self._block.alpha = 0.0 if common.damping is None else common.damping[1]
+        self._block.take(form)
+        self._adopt(common)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value}")
-    return value
+def _check_rows(sigma: Tensor, gram: Tensor) -> None:
+    """Each row that is used has length 1 and is orthogonal to the others."""
+    if bool((sigma < 0).any()):
+        raise ValueError("sigma has values below 0")
+    used = (sigma > 0).to(gram.dtype)
+    if len(sigma) and not float((gram * torch.outer(used, used) - used.diag()).abs().amax()) <= 1e-4:
+        raise ValueError("the rows of basis are not orthonormal over all parameters together")
