@@ -46,9 +46,9 @@ class Part(Protocol):
 
 @dataclass
 class Sums:
-    """What was collected: additive over blocks of collect() and over ranks. ``rows``: over how many rows a layer's gradients were summed.
+    """What was collected: additive over blocks of collect() and over ranks.
 
-    ``tensors`` are sums, ``parts`` those that are approximated.
+    ``rows``: over how many rows a layer's gradients were summed. ``tensors`` are sums, ``parts`` those that are approximated.
     """
 
     samples: int
@@ -143,7 +143,9 @@ class FactorSums(_OfModules):
             return
         self.rows.add_(g.shape[0] * g.shape[1])
         # A few samples' windows of a convolution at a time: each input element is in many of them.
-        for x in call.x.split(max(1, _rows.CHUNK // (g.shape[1] * self.layer.inputs))) if self.layer.kind == "convolution" else (call.x,):
+        for x in (
+            torch.split(call.x, max(1, _rows.CHUNK // (g.shape[1] * self.layer.inputs))) if self.layer.kind == "convolution" else (call.x,)
+        ):
             a = _rows.inputs(self.layer.kind, call.module, x).to(self.dtype)
             self._add(self.inputs, a.flatten(0, 1), self.layer.bias is not None)
 
