@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.precision._blocks import State
 from fastcl.precision._buffers import parts
 from fastcl.precision._factors import Factors
-from fastcl.precision._kronecker_block import KroneckerBlock, Lists
+from fastcl.precision._kronecker_block import KroneckerBlock, LayerTensors, Lists
 from fastcl.precision._low_rank_form import Form, Products, Rows
 from fastcl.precision._skinny_factors import SkinnyFactors
 
@@ -101,9 +101,13 @@ def _each(layers: Sequence[Factors], X: Sequence[Tensor], which: Callable[[Facto
                 x[s] = products.result(s, x[s], scratch)
 
 
+def _tuple(own: LayerTensors) -> tuple[Tensor, ...]:
+    return (own,) if isinstance(own, Tensor) else own
+
+
 def _first(lists: Lists, i: int, momentum: float, strength: float) -> tuple[Products, Tensor]:
     """``M <- rho M + g + lambda H``, and the products of ``V = Lambda^-1 M`` with what is then still in the cache."""
-    f, grads, M, H = lists.layers[i], lists.grads[i], lists.M[i], lists.H[i]
+    f, grads, M, H = lists.layers[i], _tuple(lists.grads[i]), lists.M[i], lists.H[i]
     products = Products(_inverse(f), f.rows)
     with torch.autocast(M.device.type, enabled=False):
         for s in Rows(*M.shape).slices:
@@ -118,7 +122,7 @@ def _first(lists: Lists, i: int, momentum: float, strength: float) -> tuple[Prod
 
 def _second(lists: Lists, i: int, products: Products, step: Tensor | float) -> None:
     """``W <- W - s V``, ``H <- H - s M``."""
-    f, params, M, H = lists.layers[i], lists.params[i], lists.M[i], lists.H[i]
+    f, params, M, H = lists.layers[i], _tuple(lists.params[i]), lists.M[i], lists.H[i]
     rows = Rows(*M.shape)
     scratch = rows.scratch(M)
     s = step.to(f.dtype) if isinstance(step, Tensor) else step
