@@ -157,7 +157,7 @@ def test_damping(kind):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_traces_are_kept_and_leading_directions_are_those_of_the_data(rank):
-    x = data(count=300)
+    x = data(count=300) * torch.logspace(0, -1, 6, dtype=F64)
     model = network()
     precision = LowRankKroneckerPrecision(model, 1e12, rank=rank)  # hardly a prior
     dense = KroneckerPrecision(model, 1e12)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl.precision._low_rank_factor import LowRankFactor, fitted
+from fastcl.reference.kronecker_merge import _fixed_point
 
 RULES = ("kl", "pi", "frobenius")
 Factor: TypeAlias = LowRankFactor | Tensor
@@ -18,7 +19,7 @@ class Side(NamedTuple):
     """What the rules need to know of two factors ``B`` and ``C`` of one side, and how to mix them.
 
     ``ratios`` and ``counts``: the generalised eigenvalues of ``(C, B)`` and how often each occurs; ``inner``: the Frobenius products
-    ``[[<B, B>, <B, C>], [<C, B>, <C, C>]]``; ``traces``: of ``B`` and ``C``. All float64 on the host.
+    ``[[<B, B>, <B, C>], [<C, B>, <C, C>]]``; ``traces``: of ``B`` and ``C``. All on the host, float64 but for ``counts``.
     """
 
     ratios: Tensor
@@ -58,7 +59,7 @@ def _diagonal_side(b: Tensor, c: Tensor) -> Side:
     b, c = b.double(), c.double()
     inner = torch.stack([torch.stack([b @ b, b @ c]), torch.stack([c @ b, c @ c])]).cpu()
     ratios = (c / b).cpu()
-    return Side(ratios, torch.ones_like(ratios), inner, (float(b.sum()), float(c.sum())), lambda x, y: x * b + y * c)
+    return Side(ratios, torch.ones_like(ratios, dtype=torch.long), inner, (float(b.sum()), float(c.sum())), lambda x, y: x * b + y * c)
 
 
 def _low_rank_side(b: LowRankFactor, c: LowRankFactor, rank: int) -> Side:
@@ -81,7 +82,7 @@ def _low_rank_side(b: LowRankFactor, c: LowRankFactor, rank: int) -> Side:
     half = torch.linalg.solve_triangular(lower, sc, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
     ratios = torch.cat([torch.linalg.eigvalsh((whitened + whitened.T) / 2).cpu().clamp_min(0), scales[1:] / scales[:1]])
-    counts = torch.cat([torch.ones(inside, dtype=torch.float64), torch.tensor([float(outside)], dtype=torch.float64)])
+    counts = torch.tensor([1] * inside + [outside])
 
     def mix(x: float, y: float) -> LowRankFactor:
         return fitted(x * sb + y * sc, frame, x * b.scale + y * c.scale, rank, b.basis.dtype)
@@ -89,23 +90,9 @@ def _low_rank_side(b: LowRankFactor, c: LowRankFactor, rank: int) -> Side:
     return Side(ratios, counts, inner, (b.trace(), c.trace()), mix)
 
 
-def _kl(left: Side, right: Side, limit: int = 10_000) -> tuple[float, float, float, float]:
-    """The four scalars of the Kullback-Leibler optimum, by their fixed-point iteration, until still to 1e-14."""
-    e0 = e1 = f0 = f1 = 1.0
-    for _ in range(limit):
-        before = e0, e1, f0, f1
-        f0, f1 = _means(e0, e1, left)
-        e0, e1 = _means(f0, f1, right)
-        if all(abs(now - old) <= 1e-14 * abs(now) for now, old in zip((e0, e1, f0, f1), before, strict=True)):
-            break
-    return e0, e1, f0, f1
-
-
-def _means(x: float, y: float, side: Side) -> tuple[float, float]:
-    """``mean(1 / d)`` and ``mean(ratio / d)`` for ``d = x + y ratio`` over all eigenvalues."""
-    d = x + y * side.ratios
-    size = side.counts.sum()
-    return float((side.counts / d).sum() / size), float((side.counts * side.ratios / d).sum() / size)
+def _kl(left: Side, right: Side) -> tuple[float, float, float, float]:
+    e, f = _fixed_point(*(side.ratios.repeat_interleave(side.counts) for side in (left, right)))
+    return e[0], e[1], f[0], f[1]
 
 
 def _pi(left: Side, right: Side) -> tuple[float, float, float, float]:

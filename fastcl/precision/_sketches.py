@@ -12,10 +12,10 @@ from fastcl.precision._statistics import FactorSums
 
 
 class SketchSums(FactorSums):
-    """As :class:`FactorSums`, with ``sum a a^T`` and ``sum g g^T`` as sketches of twice ``rank`` rows; an embedding's counts are exact."""
+    """As :class:`FactorSums`, with ``sum a a^T`` and ``sum g g^T`` as sketches of ``2 rank + 8`` rows; an embedding's counts are exact."""
 
     def __init__(self, layer: Layer, sequence: str, rank: int) -> None:
-        self._size = max(1, 2 * rank)
+        self._size = 2 * rank + 8
         super().__init__(layer, sequence)
 
     def _zeros(self, size: int, matrix: bool = True) -> Any:

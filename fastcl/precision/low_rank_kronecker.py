@@ -35,8 +35,8 @@ class LowRankKroneckerPrecision(Precision):
     ``Lambda``, for both kinds of damping, and where G is a diagonal (an embedding's, over tokens).
 
     A factor keeps the ``rank`` largest principal directions of the data's; the trace of what is dropped is spread over all other directions
-    (``a``, ``g``: probabilistic PCA, Tipping and Bishop 1999). While data is collected each factor is a sketch of ``2 rank`` rows that a
-    float64 Gram matrix compresses block by block: leading directions come out as exactly as the spectrum falls off. Merging works in the
+    (``a``, ``g``: probabilistic PCA, Tipping and Bishop 1999). While data is collected each factor is a sketch of ``2 rank + 8`` rows that
+    a float64 Gram matrix compresses block by block: leading directions come out as exactly as the spectrum falls off. Merging works in the
     joint span of both factors, where the rules of :func:`fastcl.ops.kron_merge` hold exactly, and cuts back to ``rank``. ``rank = n - 1``
     is exact for any factor of size n. Other parameters have diagonals.
 
