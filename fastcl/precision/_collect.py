@@ -37,6 +37,8 @@ class Collection:
         self._model, self._layout, self._slots, self._statistics = model, layout, slots, statistics
         self._fisher, self._reduction = fisher, reduction
         self._parallel = _distributed.data_parallel(model, slots)
+        # Listed before any forward pass: after it, and until the backward pass has come by, fully_shard has others in their places.
+        self._params, self._everything = [slot.parameter() for slot in slots], list(model.parameters())
         device = slots[0].parameter().device
         start = int(torch.randint(2**62, ())) if seed is None else integer("seed", seed, 2**63)
         # Ranks that drew the same numbers would make their samples' gradients dependent.
@@ -72,7 +74,7 @@ class Collection:
         return self._fisher != "sample" and any(isinstance(statistic, Columns) for statistic in self._statistics)
 
     def _pass(self, loss: Tensor, samples: int, first: bool, last: bool) -> None:
-        params = [p for slot in self._slots if (p := slot.parameter()).requires_grad]
+        params = [p for p in self._params if p.requires_grad]
         self._stated, self._fresh, self._closed = samples, samples if first else 0, False
         try:
             if not _sharded.is_sharded(params):
@@ -80,21 +82,21 @@ class Collection:
                 return
             if not last:
                 raise ValueError("fisher='exact' needs several backward passes through one graph, which fully_shard does not keep")
-            found = _distributed.gradients(loss, list(self._model.parameters()), params)
-            self._take_sharded({id(p): g for p, g in zip(params, found, strict=True)})
+            found = {id(p): g for p, g in zip(params, _distributed.gradients(loss, self._everything, params), strict=True)}
+            self._take_sharded({slot.name: found.get(id(p)) for slot, p in zip(self._slots, self._params, strict=True)})
         finally:
             self._stated = None
 
-    def _take_sharded(self, grads: Mapping[int, Tensor | None]) -> None:
+    def _take_sharded(self, grads: Mapping[str, Tensor | None]) -> None:
         """Averages over the ranks come as DTensors; no hook has seen them. Every rank takes its share of the whole batch's squares."""
         if not self._closed:
             self._close()
         for statistic in self._statistics:
             if isinstance(statistic, Columns):
-                statistic.take_all([grads.get(id(slot.parameter())) for slot in statistic.slots])
+                statistic.take_all([grads.get(slot.name) for slot in statistic.slots])
                 continue
             for index, slot in enumerate(statistic.slots):
-                grad = grads.get(id(slot.parameter()))
+                grad = grads.get(slot.name)
                 if grad is not None:
                     statistic.take(index, _distributed.whole(grad) * self._parallel.size**0.5)
             if statistic.slots:

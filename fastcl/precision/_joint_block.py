@@ -200,7 +200,8 @@ class JointBlock:
     @torch.no_grad()
     def set_anchors(self, values: Sequence[Tensor]) -> None:
         """Mu <- values."""
-        for mine, value in zip(_sharded.shards(self.anchor), _sharded.shards([v.detach() for v in values]), strict=True):
+        placed = [_distributed.lay_out(v, mine) for v, mine in zip(values, self.anchor, strict=True)]
+        for mine, value in zip(_sharded.shards(self.anchor), _sharded.shards(placed), strict=True):
             mine.copy_(value)
 
     @torch.no_grad()
