@@ -321,13 +321,10 @@ def test_gradients_of_zero_and_layers_that_no_pass_uses():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_nan_is_an_error_that_names_the_layer(bad):
-    model = network()
     precision = prepared()
-    before = dense_of(precision)
-    x = data()
+    model, before, x = precision.model, dense_of(precision), data()
     x[3, 1] = bad
     with pytest.raises(ValueError, match="NaN or an Inf in the activations or gradients of '0'"), precision.collect():
-        model = precision.model
         cross_entropy(model(x), torch.zeros(12, dtype=torch.long), reduction="sum").backward()
     assert torch.equal(dense_of(precision), before)
     with pytest.raises(RuntimeError, match="nothing was collected"):

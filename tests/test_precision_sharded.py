@@ -104,7 +104,7 @@ def test_the_ranks_do_what_one_process_does(how, world, tmp_path, monkeypatch):
         assert found.keys() == alone.keys()
         for name, values in found.items():
             for a, b in zip(values, alone[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name} on rank {rank}: {m}")
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, at=f"{name} on rank {rank}": f"{at}: {m}")
 
 
 def bad_rank(rank, folder, how):

@@ -172,7 +172,9 @@ class Collection:
         """A backward pass is over."""
         self._queued, self._closed = False, True
         if self._stated is None and self._signed:
-            raise ValueError(f"fisher={self._fisher!r} needs a sign for each sample's loss: call the collection's backward(logits, targets)")
+            raise ValueError(
+                f"fisher={self._fisher!r} needs a sign for each sample's loss: call the collection's backward(logits, targets)"
+            )
         called, self._called, batch, self._batch = self._called, [], self._batch, None
         batches = list({id(call.batch): call.batch for call in called}.values()) or ([batch] if batch is not None else [])
         fresh = sum(b.samples for b in batches if not b.counted)

@@ -40,13 +40,15 @@ class Columns:
             return
         if not samples:
             raise ValueError(
-                "the number of samples of a backward pass is not known: it followed no forward pass of the whole model, or a second one; call "
-                "the collection's backward(logits)"
+                "how many samples a backward pass had is not known: it followed no forward pass of the whole model, or is a second one; "
+                "call the collection's backward(logits)"
             )
         vector: list[Tensor | None] = [seen.get(i) for i in range(len(self.slots))]
         if self._parallel.size > 1:  # with zeros where there is nothing: all ranks take part in every sum
             metric = self.gathered.metric
-            vector = [self._parallel.reduce(torch.zeros_like(d) if t is None else t.to(d.dtype)) for t, d in zip(vector, metric, strict=True)]
+            vector = [
+                self._parallel.reduce(torch.zeros_like(d) if t is None else t.to(d.dtype)) for t, d in zip(vector, metric, strict=True)
+            ]
         if scale != 1:
             vector = [None if t is None else t * scale for t in vector]
         self.gathered.add(vector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from fastcl.precision._forms import Form, damped, moved
 MOMENTUM = "momentum_buffer"
 
 
+Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
 class Direction(NamedTuple):
     """What :meth:`JointBlock.apply` needs of the direction that was asked for."""
 
-    lists: tuple[list[Tensor], ...]
+    lists: Lists
     coefficients: Tensor
     momentum: float
     strength: float
@@ -63,7 +66,9 @@ class JointBlock:
         params = self.params
         if all(_distributed.laid_out(d, p) for d, p in zip(self.own.diagonal, params, strict=True)):
             return
-        diagonal, self.anchor = ([_distributed.lay_out(t, p) for t, p in zip(own, params, strict=True)] for own in (self.own.diagonal, self.anchor))
+        diagonal, self.anchor = (
+            [_distributed.lay_out(t, p) for t, p in zip(own, params, strict=True)] for own in (self.own.diagonal, self.anchor)
+        )
         self.take(moved(self.own, diagonal))
 
     @property
@@ -115,20 +120,20 @@ class JointBlock:
         return square
 
     @torch.no_grad()
-    def apply(self, states: Sequence[State], step: Tensor) -> None:
+    def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
         """The second sweep."""
         if self._kept is None:
             return
         (lists, coefficients, momentum, strength), self._kept = self._kept, None
-        params, grads, momenta, anchors, diagonal, basis = lists
         place, local = self._place(*lists)
         p, g, v, mu, d, b = (pick(tensors, place.members) for tensors in local)
         if p:
             place.call.write("low_rank_step_update_", [p, v], g, v, mu, d, b, coefficients, step, momentum, strength)
-        if _sharded.is_sharded(params):
-            _sharded.bump_versions([*params, *momenta])
+        written = [*lists[0], *lists[2]]  # the parameters and V
+        if _sharded.is_sharded(written):
+            _sharded.bump_versions(written)
 
-    def _direction(self, at: tuple[int, ...], lists: tuple[list[Tensor], ...], momentum: float, strength: float) -> tuple[Tensor, Direction]:
+    def _direction(self, at: tuple[int, ...], lists: Lists, momentum: float, strength: float) -> tuple[Tensor, Direction]:
         sigma = self.form.sigma
         rank = len(sigma)
         place, local = self._place(*lists)
@@ -158,14 +163,14 @@ class JointBlock:
 
     def _lists(
         self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float
-    ) -> tuple[tuple[int, ...], tuple[list[Tensor], ...]]:
+    ) -> tuple[tuple[int, ...], Lists]:
         """Which parameters have gradients, and what the op takes for them: a factor of 0 leaves its list out."""
         at = tuple(i for i, g in enumerate(grads) if g is not None)
         params, present = self.params, [g for g in grads if g is not None]
         momenta = [states[i][MOMENTUM] for i in at] if momentum else []
         anchors = [self.anchor[i] for i in at] if strength else []
-        own = ([tensors[i] for i in at] for tensors in self.form[:2])
-        return at, ([params[i] for i in at], present, momenta, anchors, *own)
+        diagonal, basis = ([tensors[i] for i in at] for tensors in self.form[:2])
+        return at, ([params[i] for i in at], present, momenta, anchors, diagonal, basis)
 
     def _place(self, *lists: Sequence[Tensor]) -> tuple[Place, Sequence[Sequence[Tensor]]]:
         """Where the lists are, the basis last and the diagonal before it, and this rank's memory of them."""

@@ -28,7 +28,9 @@ class LowRankFactor(NamedTuple):
     def dense(self) -> Tensor:
         """The factor as a matrix [n, n] in float64, for looking at and for tests."""
         basis = self.basis.double()
-        return torch.eye(self.size, dtype=torch.float64, device=basis.device) * self.scale + (basis.T * self.values.to(basis.device)) @ basis
+        return (
+            torch.eye(self.size, dtype=torch.float64, device=basis.device) * self.scale + (basis.T * self.values.to(basis.device)) @ basis
+        )
 
     def trace(self) -> float:
         """``scale n + sum(values)``."""
@@ -44,7 +46,7 @@ def truncated(eigenvalues: Tensor, total: float, size: int, rank: int) -> tuple[
     """The ``scale`` and ``values`` that keep the ``rank`` largest of the ``eigenvalues`` (float64, descending, on the host) and the trace.
 
     What is dropped, up to the trace ``total`` of the whole [size, size] matrix, is spread over the directions that are not kept:
-    ``scale = (total - sum of the kept) / (size - kept)``, the maximum-likelihood choice of probabilistic PCA (Tipping & Bishop 1999, eq. 8).
+    ``scale = (total - sum of the kept) / (size - kept)``, the maximum-likelihood choice of probabilistic PCA (Tipping, Bishop 1999, eq. 8).
     A direction whose eigenvalue is below that mean of the others is not kept.
     """
     rank = min(rank, len(eigenvalues), size - 1)
@@ -166,5 +168,5 @@ class Sketch:
 def _orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal columns that span the same subspaces in the same order: of nearly orthogonal ones, nearly their directions."""
     q, r = torch.linalg.qr(columns)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return q * signs
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return signed

@@ -20,9 +20,8 @@ class Form(NamedTuple):
         Y = t X + (P1 o D_A) U_A + U_G^T (d_G P2) + U_G^T (E o P3) U_A
         P1 = X U_A^T [m, k_A]      P2 = U_G X [k_G, n]      P3 = U_G X U_A^T [k_G, k_A]
 
-    ``t`` is ``f`` of the product of both scales and the others what ``f`` adds to it on the bases' directions; where G is diagonal, ``t`` and
-    the rows of ``D_A`` are those of each row of X, and there are no ``U_G``, ``d_G`` and ``E``. ``squares`` weighs ``|x_i|^2`` in
-    ``<X, Y>``: ``t``.
+    ``t`` is ``f`` of the product of both scales, and the others are what ``f`` adds to it on the bases' directions. Where G is diagonal,
+    ``t`` and the rows of ``D_A`` are those of each row of X, and there are no ``U_G``, ``d_G`` and ``E``.
     """
 
     right: Tensor  # U_A [k_A, n]
@@ -49,6 +48,11 @@ def form(a: LowRankFactor, g: Factor, function: Callable[[Tensor], Tensor]) -> F
         return Form(a.basis, g.basis.T.contiguous(), float(plain), on_right, on_left, on_both, float(extremes.amin()))
     f = function(torch.outer(g.double().cpu(), on_a))
     return Form(a.basis, None, f[:, :1].to(device, dtype), (f[:, 1:] - f[:, :1]).to(device, dtype), None, None, float(f.amin()))
+
+
+def moved(form: Form, device: torch.device) -> Form:
+    """The same form on another device."""
+    return Form(*(part.to(device) if isinstance(part, Tensor) else part for part in form))
 
 
 class Rows:

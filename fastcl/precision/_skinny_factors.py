@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastcl.precision._buffers import padded_copy
 from fastcl.precision._factors import Damping, Factors
-from fastcl.precision._layers import Layer, compute_dtype
+from fastcl.precision._layers import Layer
 from fastcl.precision._low_rank_factor import LowRankFactor, identity
-from fastcl.precision._low_rank_form import Form, form
+from fastcl.precision._low_rank_form import Form, form, moved
 from fastcl.precision._low_rank_merge import Factor
 
 
@@ -52,7 +52,5 @@ class SkinnyFactors(Factors):
             return
         self.A = self.A._replace(basis=self.A.basis.to(device))
         self.G = self.G.to(device) if isinstance(self.G, Tensor) else self.G._replace(basis=self.G.basis.to(device))
-        self.product, self.inverse = (
-            f._replace(**{name: t.to(device) for name, t in f._asdict().items() if isinstance(t, Tensor)}) for f in (self.product, self.inverse)
-        )
+        self.product, self.inverse = moved(self.product, device), moved(self.inverse, device)
         self.anchor = padded_copy(self.anchor.to(device), self.dtype)

@@ -114,7 +114,9 @@ class FactorSums(_OfModules):
         self.layer, self.modules, self.reduce = layer, layer.modules, sequence == "reduce"
         self.dtype, self.device = compute_dtype(weight), weight.device
         m, n = layer.rows, layer.columns
-        self.inputs, self.gradients = (self._zeros(m, False), self._zeros(n)) if layer.kind == "embedding" else (self._zeros(n), self._zeros(m))
+        self.inputs, self.gradients = (
+            (self._zeros(m, False), self._zeros(n)) if layer.kind == "embedding" else (self._zeros(n), self._zeros(m))
+        )
         self.rows = torch.zeros((), dtype=torch.float64, device=weight.device)
         self._seen: list[tuple[Call, Tensor]] = []
 

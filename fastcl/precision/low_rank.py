@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,22 @@ from fastcl.precision._statistics import Statistic, Sums
 class LowRankPrecision(Precision):
     """``Lambda = D + U U^T``, D diagonal and U of rank ``rank``, over all trainable parameters together: it couples layers.
 
-    Kept as ``D``, orthonormal rows ``Q`` [rank, P] and the singular values ``sigma`` of ``D^-1/2 U``; steps need two sweeps over ``Q``
-    (:func:`fastcl.ops.low_rank_step_`). For the form see Kao, Jensen et al., "Natural continual learning", NeurIPS 2021, arXiv 2106.08085, and
-    Mirzadeh et al. 2020 for why few directions of a task's curvature suffice. A task adds its Fisher information by
-    :func:`fastcl.ops.low_rank_append_`: the principal directions of the sum stay in U, what is dropped goes to D, element by element, so that
-    the diagonal of Lambda is always that of the sum.
+    Kept as ``D``, orthonormal rows ``Q`` [rank, P] and the singular values ``sigma`` of ``D^-1/2 U``; a step is two sweeps over ``Q``
+    (:func:`fastcl.ops.low_rank_step_`). Natural steps: Kao, Jensen et al., "Natural continual learning", NeurIPS 2021, arXiv 2106.08085. A
+    task adds its Fisher information by :func:`fastcl.ops.low_rank_append_`: the principal directions of the sum stay in U, what is dropped
+    goes to D, element by element, so that the diagonal of Lambda is always that of the sum.
 
-    The Fisher information per datum, the mean over samples of ``g_n g_n^T``, comes from one column per backward pass, whose samples' gradients
-    are summed before they are squared:
+    The Fisher information per datum, the mean over samples of ``g_n g_n^T``, comes from one column per backward pass, in which samples'
+    gradients are summed before they are squared:
 
-    * ``fisher="sample"``: ``v = sum_n g_n`` for drawn labels. They are independent and the ``g_n`` have mean zero, so that ``E[v v^T]`` is the
-      sum of the ``E[g_n g_n^T]``: with N samples in all, ``1/N sum_batches v v^T`` is unbiased.
-    * ``fisher="exact"`` (a column per class) and ``"empirical"``: ``v = sum_n e_n w_n g_n`` with random signs ``e_n``, whose products have mean
-      zero where the gradients have not; ``w_n`` is the root of the class' probability, or 1. Unbiased, too.
+    * ``fisher="sample"``: ``v = sum_n g_n`` for drawn labels. They are independent and the ``g_n`` have mean zero, so that ``E[v v^T]`` is
+      the sum of the ``E[g_n g_n^T]``: with N samples in all, ``1/N sum_batches v v^T`` is unbiased.
+    * ``fisher="exact"`` (a column per class) and ``"empirical"``: ``v = sum_n e_n w_n g_n`` with random signs ``e_n``, whose products have
+      mean zero where gradients have not; ``w_n`` is the root of the class' probability, or 1. Unbiased, too.
 
     A batch gives one direction however large it is: many small batches tell more of F than few large ones. ``rank`` columns of each task
-    at least are a good beginning.
+    at least are a good beginning. ``sequence`` makes no difference, nor does the ``rule`` of :meth:`merge_`: forms of this kind just add up.
+    A parameter whose gradient is None in a step stays as it is; the others step by the inverse of their own part of Lambda.
 
     Example::
 
@@ -53,7 +53,8 @@ class LowRankPrecision(Precision):
         precision.merge_()
         precision.anchor_()
 
-    With parameters sharded by ``fully_shard`` (FSDP2) D, Q and the anchor are sharded as they are; a step sums O(rank) numbers over the ranks.
+    With parameters sharded by ``fully_shard`` (FSDP2) D, Q and the anchor are sharded as they are; a step sums O(rank) numbers over the
+    ranks. Every rank calls every method, with as many batches on each.
 
     Args:
         model: the module that is trained, in DistributedDataParallel, under ``fully_shard`` or neither.
@@ -98,7 +99,7 @@ class LowRankPrecision(Precision):
 
     @property
     def basis(self) -> dict[str, Tensor]:
-        """Q by parameter name, each [rank, \\*shape], not copied, without damping."""
+        """Q by parameter name, each [rank, ...] for a parameter of shape [...], not copied, without damping."""
         return self._by_name(self._block.own.basis)
 
     @property
@@ -117,7 +118,7 @@ class LowRankPrecision(Precision):
         return [Columns(self._slots, gathered, _distributed.data_parallel(self._model, self._slots))]
 
     def _merge(self, sums: Sums, rule: str, weight: float) -> None:  # noqa: ARG002
-        gathered = sums.parts[COLUMNS, ""]
+        gathered = cast(Gathered, sums.parts[COLUMNS, ""])
         self._block.take(sum_of(self._block.own, gathered, weight / sums.samples))
 
     def _kept(self) -> dict[str, Any]:
@@ -134,15 +135,17 @@ class LowRankPrecision(Precision):
         _saved.tensor("sigma", sigma, (self._rank,), "that of the rank")
         basis = _saved.tensors(state, "basis", self.basis)
         own = self._block.own
-        form = Form(
-            *([_distributed.lay_out(t, mine).to(mine.dtype).clone() for t, mine in zip(given, kept, strict=True)]
-              for given, kept in ((diagonal, own.diagonal), (basis, own.basis))),
-            state["sigma"].to(own.sigma.device, torch.float64, copy=True),
-        )
+        placed = _placed(diagonal, own.diagonal), _placed(basis, own.basis)
+        form = Form(*placed, state["sigma"].to(own.sigma.device, torch.float64, copy=True))
         _check_rows(form.sigma, self._block.rows_of(form))
         self._block.alpha = 0.0 if common.damping is None else common.damping[1]
         self._block.take(form)
         self._adopt(common)
+
+
+def _placed(given: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """Copies of the dtypes, devices and shards of what is kept."""
+    return [_distributed.lay_out(t, mine).to(mine.dtype).clone() for t, mine in zip(given, own, strict=True)]
 
 
 def _check_rows(sigma: Tensor, gram: Tensor) -> None:

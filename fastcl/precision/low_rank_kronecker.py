@@ -30,8 +30,8 @@ class LowRankKroneckerPrecision(Precision):
 
         G^-1 M A^-1 = (M - M U_A^T c_A U_A - U_G^T c_G U_G M + U_G^T c_G (U_G M U_A^T) c_A U_A) / (a g)        c = S / (scale + S)
 
-    so that a step is two passes over M, one for the skinny products, after which the norm ``<M, V>`` is known, and one for the update: about
-    ``8 (k_A + k_G)`` flops per parameter instead of ``2 (m + n)``, without a matrix of the layer's size. The same form holds for
+    so that a step is two passes over M, one for the skinny products, after which the norm ``<M, V>`` is known, and one for the update:
+    about ``4 (k_A + k_G)`` flops per parameter instead of ``2 (m + n)``, without a matrix of the layer's size. The same form holds for
     ``Lambda``, for both kinds of damping, and where G is a diagonal (an embedding's, over tokens).
 
     A factor keeps the ``rank`` largest principal directions of the data's; the trace of what is dropped is spread over all other directions
@@ -95,7 +95,9 @@ class LowRankKroneckerPrecision(Precision):
             if sums.rows[f.layer.name]:
                 a, g = self._fisher(f, sums)
                 a = a._replace(scale=a.scale * weight, values=a.values * weight)
-                merged.append((f, *merge((f.A, a), (f.G, g), rule, (len(f.A.values), len(f.G.values) if isinstance(f.G, LowRankFactor) else 0))))
+                merged.append(
+                    (f, *merge((f.A, a), (f.G, g), rule, (len(f.A.values), len(f.G.values) if isinstance(f.G, LowRankFactor) else 0)))
+                )
         for f, A, G in merged:
             f.take(A, G, self._damping)  # type: ignore[arg-type]
         if self._diagonal is not None:
