@@ -272,7 +272,7 @@ class Precision(Stateful, abc.ABC):
 
     def _named(self, argument: str, values: Any) -> dict[str, Tensor]:
         self._follow()
-        return named_copies(argument, values, self._slots)
+        return named_copies(argument, values, self._slots, self._on_shards)
 
     def _kept(self) -> dict[str, Any]:
         damping = None if self._damping is None else list(self._damping)
@@ -295,6 +295,11 @@ class Precision(Stateful, abc.ABC):
         self._n_data, self._damping, self._sums = common.n_data, common.damping, None
         # An optimizer whose state belongs to another Lambda sees it by the number.
         self._version = max(self._version, common.changes) + 1
+
+    @property
+    def _on_shards(self) -> bool:
+        """Whether blocks work on each rank's shards of sharded parameters, or on whole ones."""
+        return False
 
     def _follow(self) -> None:
         """Move to the model's device."""

@@ -37,8 +37,9 @@ class Collection:
         self._model, self._layout, self._slots, self._statistics = model, layout, slots, statistics
         self._fisher, self._reduction = fisher, reduction
         self._parallel = _distributed.data_parallel(model, slots)
-        # Listed before any forward pass: after it, and until the backward pass has come by, fully_shard has others in their places.
-        self._params, self._everything = [slot.parameter() for slot in slots], list(model.parameters())
+        # fully_shard puts others in their places while a forward pass waits for its backward pass.
+        self._everything, self._params = list(model.parameters()), [slot.parameter() for slot in slots]
+        self._sharded = _sharded.is_sharded(self._params)
         device = slots[0].parameter().device
         start = int(torch.randint(2**62, ())) if seed is None else integer("seed", seed, 2**63)
         # Ranks that drew the same numbers would make their samples' gradients dependent.
@@ -74,15 +75,16 @@ class Collection:
         return self._fisher != "sample" and any(isinstance(statistic, Columns) for statistic in self._statistics)
 
     def _pass(self, loss: Tensor, samples: int, first: bool, last: bool) -> None:
-        params = [p for p in self._params if p.requires_grad]
         self._stated, self._fresh, self._closed = samples, samples if first else 0, False
         try:
-            if not _sharded.is_sharded(params):
-                torch.autograd.grad(loss, params, allow_unused=True, retain_graph=not last)
+            if not self._sharded:
+                wanted = [p for p in self._params if p.requires_grad]
+                torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=not last)
                 return
             if not last:
                 raise ValueError("fisher='exact' needs several backward passes through one graph, which fully_shard does not keep")
-            found = {id(p): g for p, g in zip(params, _distributed.gradients(loss, self._everything, params), strict=True)}
+            wanted = [p for p in self._params if p.requires_grad]
+            found = {id(p): g for p, g in zip(wanted, _distributed.gradients(loss, self._everything, wanted), strict=True)}
             self._take_sharded({slot.name: found.get(id(p)) for slot, p in zip(self._slots, self._params, strict=True)})
         finally:
             self._stated = None
@@ -96,7 +98,7 @@ class Collection:
                 statistic.take_all([grads.get(slot.name) for slot in statistic.slots])
                 continue
             for index, slot in enumerate(statistic.slots):
-                grad = grads.get(slot.name)
+                grad = grads[slot.name]
                 if grad is not None:
                     statistic.take(index, _distributed.whole(grad) * self._parallel.size**0.5)
             if statistic.slots:
@@ -181,6 +183,10 @@ class Collection:
         samples = self._stated if self._stated is not None else sum(b.samples for b in batches)
         self._samples += fresh if self._stated is None else self._fresh
         scale = float(samples) if self._stated is None and self._reduction == "mean" else 1.0
+        if self._sharded and self._stated is None and (names := [slot.name for statistic in self._statistics for slot in statistic.slots]):
+            raise ValueError(
+                f"the gradients of {some(names)} are sharded, and no hook sees them; use the collection's own backward(logits)"
+            )
         for statistic in self._statistics:
             statistic.close(samples, scale)
         for call in called:

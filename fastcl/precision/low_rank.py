@@ -39,7 +39,7 @@ class LowRankPrecision(Precision):
       mean zero where gradients have not; ``w_n`` is the root of the class' probability, or 1. Unbiased, too.
 
     A batch gives one direction however large it is: many small batches tell more of F than few large ones. ``rank`` columns of each task
-    at least are a good beginning. ``sequence`` makes no difference, nor does the ``rule`` of :meth:`merge_`: forms of this kind just add up.
+    at least are a good beginning. ``sequence`` makes no difference, nor the ``rule`` of :meth:`merge_`: forms of this kind just add up.
     A parameter whose gradient is None in a step stays as it is; the others step by the inverse of their own part of Lambda.
 
     Example::
@@ -109,6 +109,10 @@ class LowRankPrecision(Precision):
 
     def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         return {slot.name: t for slot, t in zip(self._slots, tensors, strict=True)}
+
+    @property
+    def _on_shards(self) -> bool:
+        return True
 
     def _damp(self, damping: Damping | None) -> None:
         self._block.damp(0.0 if damping is None else damping[1])
