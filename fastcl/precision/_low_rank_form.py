@@ -45,7 +45,7 @@ def form(a: LowRankFactor, g: Factor, function: Callable[[Tensor], Tensor]) -> F
         on_both = (f[1:, 1:] - f[1:, :1] - f[:1, 1:] + plain).to(device, dtype)
         extremes = function(torch.stack([on_g.amin() * on_a.amin(), on_g.amax() * on_a.amax()]))
         on_right = (f[0, 1:] - plain).to(device, dtype)
-        return Form(a.basis, g.basis.T.contiguous(), float(plain), on_right, on_left, on_both, float(extremes.amin()))
+        return Form(a.basis, g.basis.T, float(plain), on_right, on_left, on_both, float(extremes.amin()))
     f = function(torch.outer(g.double().cpu(), on_a))
     return Form(a.basis, None, f[:, :1].to(device, dtype), (f[:, 1:] - f[:, :1]).to(device, dtype), None, None, float(f.amin()))
 
