@@ -120,7 +120,9 @@ def table() -> str:
     lines = [f"| MB in float32: kept / optimizer / collecting | {head} |", "|---" * (len(MODELS) + 1) + "|"]
     for name, form in FORMS.items():
         cells = [form(model) for model in MODELS.values()]
-        lines.append(f"| {name} | " + " | ".join(f"{amount(b.kept)} / {amount(b.optimizer)} / {amount(b.collecting)}" for b in cells) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{amount(b.kept)} / {amount(b.optimizer)} / {amount(b.collecting)}" for b in cells) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -149,14 +149,9 @@ class JointBlock:
     def _part(self, at: tuple[int, ...]) -> Tensor:
         """``S (I + S Q Q^T S)^-1 S`` for the columns of Q that belong to some of the parameters, whose rows are not orthonormal."""
         if at not in self._parts:
-            sigma = self.form.sigma
-            diagonal, basis = ([tensors[i] for i in at] for tensors in self.form[:2])
-            place, (d, b) = self._place(diagonal, basis)
-            own = [pick(tensors, place.counted) for tensors in (d, b)]
-            gram = torch.zeros((len(sigma), len(sigma)), dtype=torch.float64, device=sigma.device)
-            if own[0]:
-                gram = place.call.read("low_rank_gram", own[0], *own, sigma, [])
-            gram = place.reduce(gram)
+            diagonal, basis, sigma = self.form
+            gram = self.rows_of(Form([diagonal[i] for i in at], [basis[i] for i in at], sigma))
+            gram = sigma[:, None] * gram * sigma
             gram.diagonal().add_(1)
             self._parts[at] = sigma[:, None] * torch.linalg.inv(gram) * sigma
         return self._parts[at]
@@ -190,7 +185,8 @@ class JointBlock:
         own = [pick(tensors, place.counted) for tensors in (d, b)]
         gram = torch.zeros((rank, rank), dtype=torch.float64, device=form.sigma.device)
         if own[0] and rank:
-            gram = place.call.read("low_rank_gram", own[0], *own, torch.ones_like(form.sigma), [])
+            # The stage wants a vector beside the rows.
+            gram = place.call.read("low_rank_gram", own[0], *own, torch.ones_like(form.sigma), [own[0]])[:rank, :rank].contiguous()
         return place.reduce(gram)
 
     @torch.no_grad()
