@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Model:
 
 def mlp(*sizes: int) -> Model:
     """Linear layers with biases."""
-    return Model(tuple(Layer(m, n + 1) for n, m in zip(sizes, sizes[1:], strict=False)), 0)
+    return Model(tuple(Layer(m, n + 1) for n, m in itertools.pairwise(sizes)), 0)
 
 
 def resnet18() -> Model:

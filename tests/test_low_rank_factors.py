@@ -211,7 +211,7 @@ def test_forms_are_functions_of_the_kronecker_product(name, ranks, monkeypatch):
     if name == "root":
         torch.testing.assert_close(matrix, torch.linalg.inv(torch.from_numpy(sqrtm(whole.numpy()).real)), rtol=1e-8, atol=1e-9)
     x = torch.randn(m, n, dtype=F64)
-    rows = Rows(m, n)
+    rows = Rows(x)
     assert len(rows.slices) > 1
     products = Products(form(a, g, FUNCTIONS[name]), m)
     for s in rows.slices:

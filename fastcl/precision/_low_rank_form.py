@@ -12,6 +12,7 @@ from fastcl.precision._low_rank_factor import LowRankFactor
 from fastcl.precision._low_rank_merge import Factor
 
 SCRATCH = 1 << 18  # elements of a block of rows: it stays in a core's cache
+DEVICE_SCRATCH = 1 << 22  # a GPU has no such cache, and every block is a launch
 
 
 class Form(NamedTuple):
@@ -52,14 +53,18 @@ def form(a: LowRankFactor, g: Factor, function: Callable[[Tensor], Tensor]) -> F
 
 def moved(form: Form, device: torch.device) -> Form:
     """The same form on another device."""
-    return Form(*(part.to(device) if isinstance(part, Tensor) else part for part in form))
+    right, left, base, on_right, on_left, on_both, bound = form
+    parts = [None if part is None else part.to(device) for part in (left, on_left, on_both)]
+    base = base.to(device) if isinstance(base, Tensor) else base
+    return Form(right.to(device), parts[0], base, on_right.to(device), parts[1], parts[2], bound)
 
 
 class Rows:
-    """Blocks of rows of a layer, few enough for a scratch of :data:`SCRATCH` elements."""
+    """Blocks of rows of a matrix, few enough for a scratch of :data:`SCRATCH` elements."""
 
-    def __init__(self, m: int, n: int) -> None:
-        step = max(1, SCRATCH // max(n, 1))
+    def __init__(self, matrix: Tensor) -> None:
+        m, n = matrix.shape
+        step = max(1, (SCRATCH if matrix.device.type == "cpu" else DEVICE_SCRATCH) // max(n, 1))
         self.slices = [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
     def scratch(self, like: Tensor) -> Tensor:

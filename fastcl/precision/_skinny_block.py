@@ -85,7 +85,7 @@ def _inverse(f: Factors) -> Form:
 def _fed(form: Form, x: Tensor) -> Products:
     products = Products(form, x.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        for s in Rows(*x.shape).slices:
+        for s in Rows(x).slices:
             products.feed(s, x[s])
     return products
 
@@ -93,7 +93,7 @@ def _fed(form: Form, x: Tensor) -> Products:
 def _each(layers: Sequence[Factors], X: Sequence[Tensor], which: Callable[[Factors], Form]) -> None:
     """X <- f(Lambda) X, in place but for a block of rows."""
     for f, x in zip(layers, X, strict=True):
-        products, rows = _fed(which(f), x), Rows(*x.shape)
+        products, rows = _fed(which(f), x), Rows(x)
         products.finish()
         scratch = rows.scratch(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -110,7 +110,7 @@ def _first(lists: Lists, i: int, momentum: float, strength: float) -> tuple[Prod
     f, grads, M, H = lists.layers[i], _tuple(lists.grads[i]), lists.M[i], lists.H[i]
     products = Products(_inverse(f), f.rows)
     with torch.autocast(M.device.type, enabled=False):
-        for s in Rows(*M.shape).slices:
+        for s in Rows(M).slices:
             m = M[s].mul_(momentum)
             if strength:
                 m.add_(H[s], alpha=strength)
@@ -123,7 +123,7 @@ def _first(lists: Lists, i: int, momentum: float, strength: float) -> tuple[Prod
 def _second(lists: Lists, i: int, products: Products, step: Tensor | float) -> None:
     """``W <- W - s V``, ``H <- H - s M``."""
     f, params, M, H = lists.layers[i], _tuple(lists.params[i]), lists.M[i], lists.H[i]
-    rows = Rows(*M.shape)
+    rows = Rows(M)
     scratch = rows.scratch(M)
     s = step.to(f.dtype) if isinstance(step, Tensor) else step
     with torch.autocast(M.device.type, enabled=False):
