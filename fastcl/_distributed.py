@@ -66,8 +66,8 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
     for module in model.modules():
         if isinstance(module, _class("torch.nn.parallel", "DistributedDataParallel")):
             group = module.process_group
-            total, reduce = functools.partial(_total, group, device), functools.partial(_reduce, group)
-            return DataParallel(dist.get_world_size(group), dist.get_rank(group), total, reduce)
+            total, summed = functools.partial(_total, group, device), functools.partial(_reduce, group)
+            return DataParallel(dist.get_world_size(group), dist.get_rank(group), total, summed)
     parameters = [slot.parameter() for slot in slots]
     if not _sharded.is_sharded(parameters):
         return DataParallel(1, 0, int, lambda t: t)
@@ -82,8 +82,11 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
     rank = 0
     for size, at in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):
         rank = rank * size + at
-    total = functools.partial(_sharded.all_reduce_sum, mesh=mesh)
-    return DataParallel(mesh.size(), rank, lambda count: int(total(torch.tensor(count, device=device))), total)
+
+    def reduce(value: Tensor) -> Tensor:
+        return _sharded.all_reduce_sum(value, mesh)
+
+    return DataParallel(mesh.size(), rank, lambda count: int(reduce(torch.tensor(count, device=device))), reduce)
 
 
 def _total(group: Any, device: torch.device, count: int) -> int:

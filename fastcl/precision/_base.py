@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from fastcl._state import Stateful
 from fastcl.ops._checks import at_least_zero, positive
 from fastcl.precision import _saved
 from fastcl.precision._blocks import Block
-from fastcl.precision._collect import Collection, checked_words
+from fastcl.precision._collect import Collection
 from fastcl.precision._factors import Damping
-from fastcl.precision._layers import compute_dtype, discover
+from fastcl.precision._labels import checked_words
+from fastcl.precision._layers import discover
 from fastcl.precision._squares import of as squares_of
 from fastcl.precision._statistics import FactorSums, Statistic, Sums
+from fastcl.precision._vectors import named_copies
 
 
 class Common(NamedTuple):
@@ -32,15 +34,15 @@ class Common(NamedTuple):
     anchors: list[Tensor]
 
 
-Values = TypeVar("Values", Mapping[str, Tensor], Sequence[Tensor | None])
+Values = TypeVar("Values", bound=Mapping[str, Tensor] | Sequence[Tensor | None])
 RULES = ("kl", "pi", "frobenius")
 
 
 class Precision(Stateful, abc.ABC):
-    """Lambda, the precision of a Gaussian posterior N(mu, Lambda^-1) over the trainable parameters, per datum.
+    """Lambda, the precision of a Gaussian posterior N(mu, Lambda^-1) over the trainable parameters.
 
-    Everything is divided by the number of data: the prior is ``Lambda_0 = I / n_data`` with ``mu_0 = 0``, a task adds its Fisher information,
-    a mean over samples. See :meth:`collect` for what a sample's part is.
+    Everything is per datum: the prior is ``Lambda_0 = I / n_data`` with ``mu_0 = 0``, and a task adds its Fisher information, a mean over
+    samples. See :meth:`collect` for what a sample's part is.
     """
 
     def __init__(self, model: nn.Module, n_data: float, layers: Sequence[str] | None) -> None:
@@ -94,11 +96,11 @@ class Precision(Stateful, abc.ABC):
         """What is added to Lambda before it is inverted, None or a pair.
 
         * ``("exact", alpha)``: ``Lambda + alpha I``, for a layer solved in the eigenbasis of its two factors.
-        * ``("pi", alpha)``: ``A + alpha pi I`` and ``G + alpha / pi I`` with ``pi = sqrt((tr A / n) / (tr G / m))`` (Martens and Grosse 2015,
-          arXiv 1503.05671, section 6.3, whose ``sqrt(lambda + eta)`` is this alpha). It is no approximation of the other: directions differ.
+        * ``("pi", alpha)``: ``A + alpha pi I`` and ``G + alpha / pi I`` with ``pi = sqrt((tr A / n) / (tr G / m))`` (Martens and Grosse
+          2015, arXiv 1503.05671, section 6.3, whose ``sqrt(lambda + eta)`` is this alpha). The two differ, directions included.
 
-        A diagonal becomes ``D + alpha`` with either. Products and norms are those of the damped matrix; merging starts from the undamped one.
-        Setting it factorises, as :meth:`merge_` does.
+        A diagonal becomes ``D + alpha`` with either. Products and norms are those of the damped matrix; merging starts from the undamped
+        one. Setting it factorises, as :meth:`merge_` does; it raises ValueError, and changes nothing, if that fails.
         """
         return self._damping
 
@@ -126,8 +128,8 @@ class Precision(Stateful, abc.ABC):
             precision.anchor_()
 
         One backward pass per batch. Per datum, for N samples with T positions each (of a sequence, of a convolution's output, calls of a
-        module within one forward pass; a Linear layer on [N, in] has T = 1), inputs ``a`` with a last 1 for the bias, and gradients ``g`` of a
-        sample's own loss with respect to the layer's output before any activation function:
+        module within one forward pass; a Linear layer on [N, in] has T = 1), inputs ``a`` with a last 1 for the bias, and gradients ``g``
+        of a sample's own loss with respect to the layer's output before any activation function:
 
         * ``sequence="expand"``: ``A = 1/N sum_{n,t} a a^T``, ``G = 1/(N T) sum_{n,t} g g^T``;
         * ``sequence="reduce"``: ``A = 1/N sum_n a_n a_n^T``, ``G = 1/N sum_n g_n g_n^T`` with ``a_n`` the mean over t and ``g_n`` the sum
@@ -179,17 +181,19 @@ class Precision(Stateful, abc.ABC):
         others = [d.slot.name for d in self._layout.diagonal if d.kind == "other"]
         if others and fisher != "sample":
             raise ValueError(
-                f"fisher={fisher!r} needs gradients of single samples, which cannot be told apart for {some(others)}; use fisher='sample', or "
-                "freeze them"
+                f"fisher={fisher!r} needs gradients of single samples, which cannot be told apart for {some(others)}; use "
+                "fisher='sample', or freeze them"
             )
         factors: list[Statistic] = [FactorSums(layer, sequence) for layer in self._layout.layers]
-        return factors + [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
+        squares: list[Statistic] = [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
+        return factors + squares
 
     def merge_(self, rule: str = "kl", weight: float = 1.0) -> None:
         """Lambda <- Lambda + weight * F for the F that was collected since the last merge, and factorise.
 
-        A Kronecker-factored layer stays one product, by the rule of :func:`fastcl.ops.kron_merge`: "kl", "pi" or "frobenius". A layer that no
-        pass has used has F = 0 and stays as it is.
+        A Kronecker-factored layer stays one product, by the rule of :func:`fastcl.ops.kron_merge`: "kl", "pi" or "frobenius". A layer that
+        no pass has used has F = 0 and stays as it is. One whose merged factors cannot be inverted (see :attr:`damping`) keeps the
+        factors and inverses that it had, and a warning names it.
 
         Raises:
             TypeError: ``weight`` is no number.
@@ -243,26 +247,16 @@ class Precision(Stateful, abc.ABC):
         found = self._named(argument, values)
         for block in self.blocks:
             function(block, [found.get(name) for name in block.names])
+        result: Any
         if isinstance(values, Mapping):
-            return {name: found[name].to(values[name].dtype) for name in values}
-        return [None if t is None else found[slot.name].to(t.dtype) for slot, t in zip(self._slots, values, strict=True)]
+            result = {name: found[name].to(t.dtype) for name, t in values.items()}
+        else:
+            result = [None if t is None else found[slot.name].to(t.dtype) for slot, t in zip(self._slots, values, strict=True)]
+        return cast(Values, result)
 
-    @torch.no_grad()
     def _named(self, argument: str, values: Any) -> dict[str, Tensor]:
-        """Contiguous copies of what was given, in the factors' dtypes."""
         self._follow()
-        given = _by_name(argument, values, [slot.name for slot in self._slots])
-        result = {}
-        for slot in self._slots:
-            t, p = given.get(slot.name), slot.parameter()
-            if t is None:
-                continue
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{argument}[{slot.name!r}] must be a tensor, got {type(t).__name__}")
-            if t.shape != p.shape:
-                raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
-            result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(t.detach())
-        return result
+        return named_copies(argument, values, self._slots)
 
     def _kept(self) -> dict[str, Any]:
         damping = None if self._damping is None else list(self._damping)
@@ -293,18 +287,6 @@ class Precision(Stateful, abc.ABC):
 
     def _device(self) -> torch.device:
         return self._slots[0].parameter().device
-
-
-def _by_name(argument: str, values: Any, names: Sequence[str]) -> Mapping[str, Any]:
-    if isinstance(values, Mapping):
-        if unknown := [name for name in values if name not in names]:
-            raise ValueError(f"{argument} has {some(unknown)}, which the model's trainable parameters are not: {some(names)}")
-        return values
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{argument} must be a mapping from parameter names to tensors or a list of tensors, got {type(values).__name__}")
-    if len(values) != len(names):
-        raise ValueError(f"{argument} has {len(values)} tensors; the model has {len(names)} trainable parameters: {some(names)}")
-    return dict(zip(names, values, strict=True))
 
 
 def _damping(value: Any) -> Damping | None:

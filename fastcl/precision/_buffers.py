@@ -19,13 +19,13 @@ def padded_copy(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a factor with padded rows; a diagonal one is contiguous."""
     if value.dim() == 1:
         return value.to(dtype, copy=True)
-    return padded(*value.shape, dtype, value.device).copy_(value)
+    return padded(value.shape[0], value.shape[1], dtype, value.device).copy_(value)
 
 
 def parts(matrix: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Views of [m, n] in the shapes of the weight [m, ...] and, if there is one, of the bias [m]."""
     inputs = shapes[0][1:].numel()
-    weight = matrix[:, :inputs].unflatten(1, shapes[0][1:]) if len(shapes[0]) != 2 else matrix[:, :inputs]
+    weight = torch.unflatten(matrix[:, :inputs], 1, shapes[0][1:]) if len(shapes[0]) != 2 else matrix[:, :inputs]
     return [weight, matrix[:, inputs]] if len(shapes) == 2 else [weight]
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
 
 from fastcl import _distributed
 from fastcl._model import Slot, some
 from fastcl.ops import _sharded
 from fastcl.ops._checks import integer
+from fastcl.precision._labels import losses
 from fastcl.precision._layers import BATCH_NORMS, Layout
 from fastcl.precision._statistics import Batch, Call, Statistic, Sums
-
-FISHERS = ("sample", "exact", "empirical")
-SEQUENCES = ("expand", "reduce")
-REDUCTIONS = ("sum", "mean")
 
 
 class Collection:
@@ -64,38 +60,12 @@ class Collection:
             TypeError: logits or targets that are no tensors.
             ValueError: logits of another shape or without a graph, targets that are missing or not wanted.
         """
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-        if logits.dim() < 2 or (logits.dim() > 2 and self._fisher == "exact"):
-            wanted = "[samples, classes]" if self._fisher == "exact" else "[samples, ..., classes]"
-            raise ValueError(f"logits must have shape {wanted} with fisher={self._fisher!r}, got {tuple(logits.shape)}")
-        if not logits.requires_grad:
-            raise ValueError("logits carry no gradient; the forward pass must not run under no_grad, nor its result be detached")
-        if (targets is None) == (self._fisher == "empirical"):
-            needed = "needs the targets" if targets is None else "draws or sums over labels and takes no targets"
-            raise ValueError(f"fisher={self._fisher!r} {needed}")
-        if targets is not None and not isinstance(targets, Tensor):
-            raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-        losses = list(self._losses(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))
-        for i, loss in enumerate(losses):
-            self._pass(loss, len(logits), last=i == len(losses) - 1)
-
-    def _losses(self, logits: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
-        log_p = log_softmax(logits, -1)
-        if self._fisher == "exact":
-            # Squares of gradients are wanted: their weight p enters as its root.
-            roots = (log_p.detach() / 2).exp()
-            yield from (-(root * column).sum() for root, column in zip(roots.unbind(1), log_p.unbind(1), strict=True))
-            return
-        if targets is None:
-            # The largest of log p plus Gumbel noise is a draw from p, and needs no look at the values on the host.
-            noise = torch.empty_like(log_p).exponential_(generator=self._generator).log()
-            targets = (log_p.detach() - noise).argmax(-1)
-        dense = targets.is_floating_point()
-        yield cross_entropy(logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten(), reduction="sum")
+        values = list(losses(self._fisher, logits, targets, self._generator))
+        for i, loss in enumerate(values):
+            self._pass(loss, len(logits), last=i == len(values) - 1)
 
     def _pass(self, loss: Tensor, samples: int, last: bool) -> None:
-        params = [slot.parameter() for slot in self._slots]
+        params = [p for slot in self._slots if (p := slot.parameter()).requires_grad]
         self._stated = samples
         try:
             if not _sharded.is_sharded(params):
@@ -139,9 +109,9 @@ class Collection:
                 keep(module.register_forward_hook(functools.partial(self._called_module, statistics), with_kwargs=True))
             for statistic in self._statistics:
                 for index, slot in enumerate(statistic.slots):
-                    keep(slot.parameter().register_hook(functools.partial(self._parameter_arrived, statistic, index)))
+                    keep(_hook(slot.parameter(), functools.partial(self._parameter_arrived, statistic, index)))
             for layer in self._layout.layers:
-                keep(layer.weight.parameter().register_hook(functools.partial(self._weight_arrived, layer.name, layer.modules)))
+                keep(_hook(layer.weight.parameter(), functools.partial(self._weight_arrived, layer.name, layer.modules)))
             yield
 
     def _began(self, module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG002
@@ -154,7 +124,7 @@ class Collection:
         x = args[0] if args else next(iter(kwargs.values()))
         if self._batch is None:
             self._batch = Batch(len(x))
-        output.register_hook(functools.partial(self._output_arrived, statistics, Call(module, x, self._batch)))
+        _hook(output, functools.partial(self._output_arrived, statistics, Call(module, x, self._batch)))
 
     def _output_arrived(self, statistics: Sequence[Statistic], call: Call, grad: Tensor) -> None:
         self._enter()
@@ -177,7 +147,7 @@ class Collection:
     def _enter(self) -> None:
         if not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._close)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)
 
     @torch.no_grad()
     def _close(self) -> None:
@@ -206,8 +176,8 @@ class Collection:
         tensors = {key: self._parallel.reduce(t) for statistic in self._statistics for key, t in statistic.sums().items()}
         if self._direct:
             raise ValueError(
-                f"the weights of {some(sorted(self._direct))} had gradients though no call of these modules was seen; Kronecker factors need "
-                "the module's call: name the other layers by layers=[...], so that these have a diagonal"
+                f"the weights of {some(sorted(self._direct))} had gradients though no call of these modules was seen, which Kronecker "
+                "factors need: leave them out of layers=[...], so that they have a diagonal"
             )
         flags = torch.stack([torch.isfinite(t).all() for t in tensors.values()]).double() if tensors else torch.empty(0)
         counts = [t.reshape(1).to(flags.device) for (kind, _), t in tensors.items() if kind == "rows"]
@@ -223,16 +193,13 @@ class Collection:
         return Sums(self._parallel.total(self._samples), rows, kept)
 
 
-def checked_words(fisher: str, sequence: str, reduction: str) -> None:
-    """Raise ValueError for a word that is none."""
-    for name, value, accepted in (("fisher", fisher, FISHERS), ("sequence", sequence, SEQUENCES), ("reduction", reduction, REDUCTIONS)):
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+def _hook(t: Tensor, function: Callable[[Tensor], None]) -> Any:
+    return t.register_hook(function)  # type: ignore[no-untyped-call]
 
 
 def _check_batch_norm(name: str, module: nn.Module, args: Any) -> None:
     if module.training and args and isinstance(args[0], Tensor) and len(args[0]) == 1:
         raise ValueError(
-            f"the layer {name!r} ({type(module).__name__}, in train mode) got a batch of one: its statistics are those of the sample itself; "
-            "call model.eval(), or collect with larger batches"
+            f"the layer {name!r} ({type(module).__name__}, in train mode) got a batch of one, whose statistics are those of the "
+            "sample itself; call model.eval(), or collect with larger batches"
         )

@@ -97,7 +97,7 @@ def _eigen(f: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     if f.dim() == 2:
         try:
             values, vectors = torch.linalg.eigh(f)
-        except torch.linalg.LinAlgError:
+        except torch._C._LinAlgError:
             values = torch.full_like(f[0], torch.nan)
     return values, vectors, values.isfinite().all() & (values.max() > 0) & (values.min() >= -NEGATIVE * values.max())
 

@@ -85,7 +85,10 @@ class Factors:
             return
         m = self.matrices
         pairs = [_moved(pair, device) for pair in (m.factors, m.damped)]
-        eigen = m.eigen and Eigen(*(t.to(device) if isinstance(t, Tensor) else t for t in m.eigen))
+        eigen = None
+        if m.eigen is not None:
+            vectors = [None if v is None else v.to(device) for v in m.eigen[:2]]
+            eigen = Eigen(vectors[0], vectors[1], m.eigen.scale.to(device), m.eigen.alpha)
         self.matrices = Matrices(pairs[0], pairs[1], None if m.inverse is None else _moved(m.inverse, device), eigen)
         self.anchor = padded_copy(self.anchor.to(device), self.dtype)
 

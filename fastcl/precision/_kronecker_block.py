@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from fastcl.precision._factors import Eigen, Factors, Pair
 
 MOMENTUM, PULL = "dual_momentum", "pull"
 T = TypeVar("T")
+LayerTensors: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 class Lists(NamedTuple):
     """What one call of the op takes: one entry per layer that has a gradient."""
 
     layers: list[Factors]
-    params: list[tuple[Tensor, ...]]
-    grads: list[tuple[Tensor, ...]]
+    params: list[LayerTensors]
+    grads: list[LayerTensors]
     M: list[Tensor]
     H: list[Tensor]
 
@@ -122,7 +123,7 @@ class KroneckerBlock:
             return V, ncl_direction_(lists.grads, lists.M, V, lists.H, inverse, momentum, strength)
         for f, grads, M, H, v in zip(lists.layers, lists.grads, lists.M, lists.H, V, strict=True):
             M.mul_(momentum).add_(H, alpha=strength)
-            for part, g in zip(parts(M, f.shapes), grads, strict=True):
+            for part, g in zip(parts(M, f.shapes), (grads,) if isinstance(grads, Tensor) else grads, strict=True):
                 part.add_(g)
             v.copy_(M)
         _solve(lists.layers, V)
@@ -223,15 +224,21 @@ class KroneckerBlock:
         M, H = self._matrices(states)
         lists = Lists([], [], [], [], [])
         for (f, own), m, h in zip(self._by_layer(grads), M, H, strict=True):
-            present = [g for g in own if g is not None]
-            if not present:
+            if all(g is None for g in own):
                 continue
             params = f.params()
-            if len(present) < len(own):
-                present = [torch.zeros_like(p) if g is None else g for g, p in zip(own, params, strict=True)]
-            for to, value in zip(lists, (f, params, tuple(present), m, h), strict=True):
-                to.append(value)  # type: ignore[arg-type]
+            filled = [torch.zeros_like(p) if g is None else g for g, p in zip(own, params, strict=True)]
+            lists.layers.append(f)
+            lists.params.append(_layer(params))
+            lists.grads.append(_layer(filled))
+            lists.M.append(m)
+            lists.H.append(h)
         return lists
+
+
+def _layer(own: Sequence[Tensor]) -> LayerTensors:
+    """As the ops take it: a weight, or a pair with its bias."""
+    return (own[0], own[1]) if len(own) == 2 else own[0]
 
 
 def _solve(layers: Sequence[Factors], X: Sequence[Tensor]) -> None:

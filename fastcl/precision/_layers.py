@@ -133,8 +133,7 @@ def _kind(module: nn.Module, name: str, p: Tensor) -> str:
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return "linear"
     for convolution in CONVOLUTIONS:
-        plain = forward is convolution.forward and type(module)._conv_forward is convolution._conv_forward  # type: ignore[comparison-overlap]
-        if isinstance(module, convolution) and plain:
+        if isinstance(module, convolution) and forward is convolution.forward:
             return "convolution" if module.groups == 1 else "grouped"
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         if module.sparse and p.requires_grad:

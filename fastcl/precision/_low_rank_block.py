@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from fastcl.precision._blocks import State
 from fastcl.precision._layers import compute_dtype
 
 MOMENTUM = "momentum_buffer"
+
+
+class Lists(NamedTuple):
+    """What the ops take: one entry per parameter that has a gradient."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    anchors: list[Tensor]
+    diagonal: list[Tensor]
+    basis: list[Tensor]
 
 
 class LowRankBlock:
@@ -32,7 +43,7 @@ class LowRankBlock:
         self.basis = [d.new_empty((0, *d.shape)) for d in self.diagonal]
         self.sigma = torch.empty(0, dtype=torch.float64, device=params[0].device)
         self._mu = [torch.zeros_like(d) for d in self.diagonal]
-        self._kept: tuple[tuple[list[Tensor], ...], Tensor, float, float] | None = None
+        self._kept: tuple[Lists, Tensor, float, float] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Without the direction that was kept for apply()."""
@@ -68,8 +79,7 @@ class LowRankBlock:
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """One call of ``low_rank_step_``."""
         if live := [i for i, g in enumerate(grads) if g is not None]:
-            lists = self._lists(live, grads, states)
-            ops.low_rank_step_(*lists, self.sigma, lr, momentum, strength)
+            ops.low_rank_step_(*self._lists(live, grads, states), self.sigma, lr, momentum, strength)
 
     @torch.no_grad()
     def direction(self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float) -> Tensor:
@@ -79,7 +89,7 @@ class LowRankBlock:
             self._kept = None
             return torch.zeros((), dtype=torch.float64, device=self.sigma.device)
         lists, place = self._lists(live, grads, states), _place(self.sigma)
-        args = (*lists[:2], lists[2] if momentum else [], lists[3] if strength else [], *lists[4:])
+        args = lists._replace(momenta=lists.momenta if momentum else [], anchors=lists.anchors if strength else [])
         rank = len(self.sigma)
         found = place.sums("low_rank_step_products", (2 * rank + 3,), *args, rest=(momentum, strength))
         self._kept = args, stages.shrunk(self.sigma, found[:rank]), momentum, strength
@@ -95,10 +105,10 @@ class LowRankBlock:
                 "low_rank_step_update_", [params, momenta], grads, momenta, *rest, coefficients, step, momentum, strength
             )
 
-    def _lists(self, live: Sequence[int], grads: Sequence[Tensor | None], states: Sequence[State]) -> tuple[list[Tensor], ...]:
+    def _lists(self, live: Sequence[int], grads: Sequence[Tensor | None], states: Sequence[State]) -> Lists:
         params = self.params
         columns: tuple[Sequence[Any], ...] = (params, grads, [s[MOMENTUM] for s in states], self._mu, self.damped, self.basis)
-        return tuple([column[i] for i in live] for column in columns)
+        return Lists(*([column[i] for i in live] for column in columns))
 
     @torch.no_grad()
     def anchor_(self) -> None:

@@ -29,7 +29,7 @@ def gradients(kind: str, module: nn.Module, grad: Tensor) -> Tensor:
         return wide(grad).reshape(-1 if grad.dim() > 1 else 1, _positions(grad), grad.shape[-1])
     convolution = cast(Convolution, module)
     batched = wide(grad).unsqueeze(0) if grad.dim() == len(convolution.kernel_size) + 1 else wide(grad)
-    rows = batched.flatten(2).unflatten(1, (convolution.groups, -1)).flatten(0, 1)
+    rows = torch.unflatten(batched.flatten(2), 1, (convolution.groups, -1)).flatten(0, 1)
     return rows.transpose(1, 2)
 
 
@@ -46,7 +46,7 @@ def _patches(module: Convolution, x: Tensor) -> Tensor:
         x = functional.pad(x, padding, "constant" if module.padding_mode == "zeros" else module.padding_mode)
     for d, (size, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    x = x.unflatten(1, (module.groups, -1)).flatten(0, 1)  # [N * groups, channels, *positions, *window]
+    x = torch.unflatten(x, 1, (module.groups, -1)).flatten(0, 1)  # [N * groups, channels, *positions, *window]
     x = x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
     return x.reshape(x.shape[0], x.shape[1 : 1 + dims].numel(), -1)
 
@@ -104,7 +104,7 @@ def square_sums(a: Tensor, g: Tensor, groups: int) -> Tensor:
     step = max(1, CHUNK // max(1, a.shape[0] * n))
     for start in range(0, m, step):
         products = g[:, :, start : start + step].transpose(1, 2) @ a
-        total[:, start : start + step] = products.square_().unflatten(0, (-1, groups)).sum(0)
+        total[:, start : start + step] = torch.unflatten(products.square_(), 0, (-1, groups)).sum(0)
     return total
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcl._model import Slot
 from fastcl.precision import _rows
 from fastcl.precision._layers import Diagonal, compute_dtype
-from fastcl.precision._statistics import Call, Key, _kept, _OfModules
+from fastcl.precision._statistics import Call, Key, Statistic, _kept, _OfModules
 
 
 class _Squares(_OfModules):
@@ -119,7 +119,7 @@ class EmbeddingSquares(_Squares):
 class BatchSquares:
     """Of any other parameter, from the gradient of the batch's summed loss; labels must have been drawn."""
 
-    modules = ()
+    modules: tuple[nn.Module, ...] = ()
 
     def __init__(self, slot: Slot) -> None:
         p = slot.parameter()
@@ -145,7 +145,7 @@ class BatchSquares:
         return {("squares", self.slots[0].name): self.total}
 
 
-def of(diagonal: Diagonal, independent: bool) -> _Squares | BatchSquares:
+def of(diagonal: Diagonal, independent: bool) -> Statistic:
     """The statistic of a parameter with a diagonal block."""
     if diagonal.kind == "other":
         return BatchSquares(diagonal.slot)
@@ -156,4 +156,4 @@ def of(diagonal: Diagonal, independent: bool) -> _Squares | BatchSquares:
 
 def _joined(rows: Tensor, groups: int, apart: bool) -> Tensor:
     """[N * groups, T, n]; with all samples as one [groups, N * T, n]."""
-    return rows if apart else rows.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2)
+    return rows if apart else torch.unflatten(rows, 0, (-1, groups)).transpose(0, 1).flatten(1, 2)

@@ -32,7 +32,10 @@ class Call:
 
 @dataclass
 class Sums:
-    """What was collected: additive over blocks of collect() and over ranks. ``rows``: over how many rows a layer's gradients were summed."""
+    """What was collected: additive over blocks of collect() and over ranks.
+
+    ``rows``: over how many rows a layer's gradients were summed.
+    """
 
     samples: int
     rows: dict[str, float]
@@ -118,7 +121,9 @@ class FactorSums(_OfModules):
             return
         self.rows.add_(g.shape[0] * g.shape[1])
         # A few samples' windows of a convolution at a time: each input element is in many of them.
-        for x in call.x.split(max(1, _rows.CHUNK // (g.shape[1] * self.layer.inputs))) if self.layer.kind == "convolution" else (call.x,):
+        for x in (
+            torch.split(call.x, max(1, _rows.CHUNK // (g.shape[1] * self.layer.inputs))) if self.layer.kind == "convolution" else (call.x,)
+        ):
             a = _rows.inputs(self.layer.kind, call.module, x).to(self.inputs.dtype)
             _add_squares(self.inputs, a.flatten(0, 1), self.layer.bias is not None)
 

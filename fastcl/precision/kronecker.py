@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ FAILURES = 3  # in a row
 class KroneckerPrecision(Precision):
     """Kronecker-factored Laplace posterior of past tasks: for a layer ``Lambda vec(X) = vec(G X A)``, ``X = [W | b]``.
 
-    Kao, Jensen et al., "Natural continual learning: success is a journey, not (just) a destination", NeurIPS 2021, arXiv 2106.08085; factors
-    as in Martens and Grosse 2015, arXiv 1503.05671.
+    Kao, Jensen et al., "Natural continual learning: success is a journey, not (just) a destination", NeurIPS 2021, arXiv 2106.08085;
+    factors as in Martens and Grosse 2015, arXiv 1503.05671.
 
     Per datum: the prior is ``Lambda_0 = I / n_data`` (each factor ``I / sqrt(n_data)``) with ``mu_0 = 0``, and a task adds the Fisher
     information, a mean over samples, see :meth:`collect`. Everything is of the parameter's dtype, but float32 at least; factors are merged
@@ -126,12 +127,10 @@ class KroneckerPrecision(Precision):
 
     @torch.no_grad()
     def _merge(self, sums: Sums, rule: str, weight: float) -> None:
-        pairs: dict[int, Pair] = {}
+        pairs: dict[int, Pair | None] = {}
         for i, f in enumerate(self._factors):
             if (found := sums.factors(f.layer)) is not None:
-                A, G = (t.double() for t in f.matrices.factors)
-                left, right = ops.kron_merge(G, A, found[1] * weight, found[0], rule)
-                pairs[i] = (right.to(f.dtype), left.to(f.dtype))
+                pairs[i] = _merged(f, found, rule, weight)
         self._install(pairs, self._damping)
         if self._diagonal is not None:
             self._diagonal.add_([sums.squares(name) * weight for name in self._diagonal.names])
@@ -142,14 +141,13 @@ class KroneckerPrecision(Precision):
         if self._diagonal is not None:
             self._diagonal.damp(0.0 if damping is None else damping[1])
 
-    def _install(self, pairs: Mapping[int, Pair], damping: Damping | None) -> None:
+    def _install(self, pairs: Mapping[int, Pair | None], damping: Damping | None) -> None:
         """Replace what can be inverted; a layer that cannot keeps what it has, for two times in a row."""
-        found = prepare(list(pairs.values()), damping)
-        failed = [i for i, matrices in zip(pairs, found, strict=True) if matrices is None]
-        names = some(self._factors[i].layer.name for i in failed)
-        for i in failed:
-            self._factors[i].failures += 1
-        if any(self._factors[i].failures >= FAILURES for i in failed):
+        sound = {i: pair for i, pair in pairs.items() if pair is not None}
+        found = dict(zip(sound, prepare(list(sound.values()), damping), strict=True))
+        failed = [self._factors[i] for i in pairs if found.get(i) is None]
+        names = some(f.layer.name for f in failed)
+        if any(f.failures + 1 >= FAILURES for f in failed):
             raise RuntimeError(f"the factors of {names} could not be inverted, {FAILURES} times in a row; Lambda is as it was")
         if failed:
             warnings.warn(
@@ -157,9 +155,10 @@ class KroneckerPrecision(Precision):
                 UserWarning,
                 stacklevel=4,
             )
-        for i, matrices in zip(pairs, found, strict=True):
-            if matrices is not None:
-                self._factors[i].matrices, self._factors[i].failures = matrices, 0
+        for i in pairs:
+            matrices = found.get(i)
+            self._factors[i].failures = self._factors[i].failures + 1 if matrices is None else 0
+            self._factors[i].matrices = matrices or self._factors[i].matrices
 
     def _prepared(self, pairs: Mapping[int, Pair], damping: Damping | None) -> dict[int, Matrices]:
         """All of them inverted, or an error that names the layers."""
@@ -184,3 +183,13 @@ class KroneckerPrecision(Precision):
             self._diagonal.damp(0.0 if common.damping is None else common.damping[1])
             self._diagonal.replace(diagonal)
         self._adopt(common)
+
+
+def _merged(f: Factors, found: Pair, rule: str, weight: float) -> Pair | None:
+    """The layer's factors with those that were collected, or None if they cannot be merged."""
+    A, G = (t.double() for t in f.matrices.factors)
+    try:
+        left, right = ops.kron_merge(G, A, found[1] * weight, found[0], rule)
+    except ValueError:  # out of float64's range, or rounded to something indefinite
+        return None
+    return right.to(f.dtype), left.to(f.dtype)
