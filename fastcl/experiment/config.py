@@ -89,7 +89,7 @@ class Config:
     buffer: int | None = _option("samples kept in memory", _whole(1))
     keep: str | None = _option("how the memory is shared out: the same number per task, per class, or a reservoir", _one_of(KEEP))
     memory_batch: int | None = _option("samples of a memory batch; gem takes one per past task, 0: all that it has", _whole(0))
-    weight: float | None = _option("factor of the memory's loss", _ABOVE_0)
+    weight: float | None = _option("replay: factor of the memory's loss; ncl: of a task's Fisher information", _ABOVE_0)
     margin: float | None = _option("least coefficient of every memory in a projection", _FROM_0)
     ridge: float | None = _option("added to the diagonal of the memories' Gram matrix", _FROM_0)
     strength: float | None = _option(

@@ -121,7 +121,7 @@ def _child_tuning(variant: str, net: Net, config: Config, generator: torch.Gener
 def _precise(kind: Callable[..., Learner], net: Net, config: Config, generator: torch.Generator, samples: int) -> Learner:
     """The methods with a Kronecker-factored precision; the tasks of a stream have about as many samples each."""
     forward = _with_head if len(net.heads) > 1 else None
-    own = {"strength": config.strength} if kind is KFAC_EWC else {}
+    own = {"strength": config.strength} if kind is KFAC_EWC else {"weight": config.weight}
     return kind(net, KroneckerPrecision(net, samples), forward=forward, seed=_drawn(generator), **own)
 
 
@@ -170,13 +170,13 @@ METHODS: dict[str, Row] = {
     ),
     "owm": Row(
         "orthogonal weights modification, steps orthogonal to the inputs of earlier tasks",
-        {"alpha": 1.0, "momentum": 0.0},
+        {"alpha": 0.1, "momentum": 0.0},
         _owm,
         optimizer=_orthogonal,
     ),
     "ncl": Row(
         "natural continual learning, steps in the metric of what earlier tasks have fixed",
-        {"strength": 1.0, "momentum": 0.0, "radius": None},
+        {"strength": 1.0, "weight": 1.0, "momentum": 0.0, "radius": None},
         functools.partial(_precise, NCL),
         per_datum=True,
         optimizer=_natural,

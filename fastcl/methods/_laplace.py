@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcl.methods import _distributed
+from fastcl import _distributed
 from fastcl.methods._arguments import checked_forward, whole_below
 from fastcl.methods._passes import Forward, _logits, training_passes, usable_batches
 from fastcl.methods._state import Method
-from fastcl.precision._base import Precision
+from fastcl.ops._checks import positive
+from fastcl.precision._base import RULES, Precision
+from fastcl.precision._collect import FISHERS
 
-FISHER = ("sample", "exact", "empirical")
 
 
 class Laplace(Method):
     """A method whose memory of the past is one Gaussian, ``N(mu, Lambda^-1)``: it is built on a precision and takes in tasks."""
 
     def __init__(
-        self, model: nn.Module, precision: Precision, fisher: str, rule: str, forward: Forward | None, train_mode: bool, seed: int
+        self, model: nn.Module, precision: Precision, fisher: str, rule: str, weight: float, forward: Forward | None, train_mode: bool, seed: int
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -31,12 +32,15 @@ class Laplace(Method):
             raise TypeError(f"precision must be one of fastcl's, such as KroneckerPrecision; got {type(precision).__name__}")
         if _distributed.unwrapped(precision.model) is not _distributed.unwrapped(model):
             raise ValueError("precision is that of another model; build it from the model that is given here")
-        if fisher not in FISHER:
-            raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHER))}; got {fisher!r}")
+        if fisher not in FISHERS:
+            raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}; got {fisher!r}")
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}")
         if not isinstance(train_mode, bool):
             raise TypeError(f"train_mode must be True or False, got {type(train_mode).__name__}")
         _distributed.prepare(model)
         self._model, self._precision, self._fisher, self._rule = model, precision, fisher, rule
+        self._weight = positive("weight", weight)
         self._forward: Forward = checked_forward(forward)
         self._train_mode, self._seed = train_mode, whole_below("seed", seed, 2**63)
 
@@ -46,7 +50,7 @@ class Laplace(Method):
         return self._precision
 
     def end_task(self, loader: Iterable[tuple[Any, Any]]) -> None:
-        """Take in the task that has just been trained: ``Lambda <- Lambda + F`` by the rule, then ``mu`` is where the parameters are.
+        """Take in the task that has just been trained: ``Lambda <- Lambda + weight F`` by the rule, then ``mu`` is where the parameters are.
 
         One pass over the data, a forward and a backward for each batch (with ``fisher="exact"`` one for each class). Parameters, ``.grad``,
         buffers and every module's mode are afterwards as they were. An exception before the merge, the loader's included, leaves this
@@ -73,7 +77,7 @@ class Laplace(Method):
         if not batches:
             raise ValueError("loader gave no batch; pass the task's training data as a DataLoader, a list or an iterator of batches")
         _distributed.prepare(self._model)
-        self._precision.merge_(self._rule)
+        self._precision.merge_(self._rule, self._weight)
         self._precision.anchor_()
         self._tasks_seen += 1
 

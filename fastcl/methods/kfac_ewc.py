@@ -42,12 +42,12 @@ class KFAC_EWC(Laplace):
             kfac.end_task(loader)
 
     Args:
-        model, precision, fisher, rule, forward, train_mode, seed: as in :class:`NCL`.
+        model, precision, fisher, rule, weight, forward, train_mode, seed: as in :class:`NCL`.
         strength: number >= 0, how strong the pull is: the lambda of both papers.
 
     Raises:
         TypeError: a model, a precision, a strength, a forward, a train_mode or a seed of a wrong kind.
-        ValueError: a precision of another model, an unknown fisher, a strength or seed outside its range.
+        ValueError: a precision of another model, an unknown fisher or rule, a strength, weight or seed outside its range.
     """
 
     _format = "fastcl.kfac_ewc"
@@ -60,6 +60,7 @@ class KFAC_EWC(Laplace):
         strength: float = 1.0,
         fisher: str = "sample",
         rule: str = "kl",
+        weight: float = 1.0,
         forward: Forward | None = None,
         train_mode: bool = False,
         seed: int = 0,

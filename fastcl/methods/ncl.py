@@ -48,13 +48,14 @@ class NCL(Laplace):
             ones; see :meth:`fastcl.KroneckerPrecision.collect`.
         rule: how a sum of two Kronecker products becomes one: ``"kl"``, ``"pi"`` or ``"frobenius"``; see
             :func:`fastcl.ops.kron_merge`.
+        weight: number > 0, how much a task's Fisher information counts; 1 is Bayes' rule for tasks of ``n_data`` samples.
         forward: ``forward(model, x, task) -> logits``; by default ``model(x)``. A model with a head per task needs it.
         train_mode: whether the Fisher information is computed in train mode (dropout on, batch statistics), or in eval mode.
         seed: a whole number >= 0 from which labels are drawn; the global generators are left alone.
 
     Raises:
         TypeError: a model, a precision, a forward, a train_mode or a seed of a wrong kind.
-        ValueError: a precision of another model, an unknown fisher, a seed outside its range.
+        ValueError: a precision of another model, an unknown fisher or rule, a weight or seed outside its range.
     """
 
     _format = "fastcl.ncl"
@@ -66,11 +67,12 @@ class NCL(Laplace):
         *,
         fisher: str = "sample",
         rule: str = "kl",
+        weight: float = 1.0,
         forward: Forward | None = None,
         train_mode: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, precision, fisher, rule, forward, train_mode, seed)
+        super().__init__(model, precision, fisher, rule, weight, forward, train_mode, seed)
 
     def optimizer(
         self,
