@@ -17,7 +17,7 @@ from fastcl.ops._checks import at_least_zero, positive
 from fastcl.precision import _saved
 from fastcl.precision._blocks import Block
 from fastcl.precision._collect import Collection
-from fastcl.precision._factors import Damping
+from fastcl.precision._factors import Damping, Pair
 from fastcl.precision._labels import checked_words
 from fastcl.precision._layers import discover
 from fastcl.precision._squares import of as squares_of
@@ -188,6 +188,20 @@ class Precision(Stateful, abc.ABC):
         squares: list[Statistic] = [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
         return factors + squares
 
+    def fisher(self) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+        """What was collected since the last :meth:`merge_`: ``(A, G)`` by module name, and the diagonals by parameter name; float64.
+
+        Layers that no pass has used are missing. Raises RuntimeError if nothing was collected.
+        """
+        sums = self._collected()
+        found = {layer.name: pair for layer in self._layout.layers if (pair := sums.factors(layer)) is not None}
+        return found, {d.slot.name: sums.squares(d.slot.name) for d in self._layout.diagonal}
+
+    def _collected(self) -> Sums:
+        if self._sums is None or not self._sums.samples:
+            raise RuntimeError("nothing was collected since the last merge_(); run forward and backward passes within collect()")
+        return self._sums
+
     def merge_(self, rule: str = "kl", weight: float = 1.0) -> None:
         """Lambda <- Lambda + weight * F for the F that was collected since the last merge, and factorise.
 
@@ -203,10 +217,9 @@ class Precision(Stateful, abc.ABC):
         if rule not in RULES:
             raise ValueError(f"rule must be 'kl', 'pi' or 'frobenius', got {rule!r}")
         weight = positive("weight", weight)
-        if self._sums is None or not self._sums.samples:
-            raise RuntimeError("nothing was collected since the last merge_(); run forward and backward passes within collect()")
+        sums = self._collected()
         self._follow()
-        self._merge(self._sums, rule, weight)
+        self._merge(sums, rule, weight)
         self._sums = None
         self._version += 1
 

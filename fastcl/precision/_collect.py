@@ -107,11 +107,15 @@ class Collection:
                     keep(module.register_forward_pre_hook(functools.partial(_check_batch_norm, name)))
             for module, statistics in by_module.values():
                 keep(module.register_forward_hook(functools.partial(self._called_module, statistics), with_kwargs=True))
-            for statistic in self._statistics:
-                for index, slot in enumerate(statistic.slots):
-                    keep(_hook(slot.parameter(), functools.partial(self._parameter_arrived, statistic, index)))
-            for layer in self._layout.layers:
-                keep(_hook(layer.weight.parameter(), functools.partial(self._weight_arrived, layer.name, layer.modules)))
+            watched = [
+                (slot, functools.partial(self._parameter_arrived, statistic, i))
+                for statistic in self._statistics
+                for i, slot in enumerate(statistic.slots)
+            ]
+            watched += [(layer.weight, functools.partial(self._weight_arrived, layer.name, layer.modules)) for layer in self._layout.layers]
+            for slot, function in watched:
+                if slot.parameter().requires_grad:  # it may have been frozen since
+                    keep(_hook(slot.parameter(), function))
             yield
 
     def _began(self, module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG002

@@ -44,7 +44,7 @@ def factorise(factors: Sequence[Tensor]) -> list[Factored | None]:
         flags = torch.stack([torch.stack([pending[i].isfinite().all(), ok]) for i, (_, ok) in attempts.items()]).tolist()
         for (i, (factored, _)), (is_finite, ok) in zip(attempts.items(), flags, strict=True):
             finite[i] = is_finite
-            if ok:
+            if ok and is_finite:
                 found[i] = factored
         pending = {i: f for i, f in pending.items() if found[i] is None and finite[i]}
     for i, f in pending.items():
@@ -79,7 +79,8 @@ def _inverse(f: Tensor) -> tuple[Factored, Tensor]:
         return Factored(f, inverse), (f > 0).all() & inverse.isfinite().all()
     # Where the matrix is not finite LAPACK's answer means nothing; the caller asks for that, too.
     root, info = torch.linalg.cholesky_ex(f)
-    inverse = torch.cholesky_inverse(root)
+    # cholesky_inverse would raise for a root that is none, and the others' are wanted.
+    inverse = torch.cholesky_inverse(torch.where(info == 0, root, torch.eye(len(f), dtype=f.dtype, device=f.device)))
     return Factored(f, inverse), (info == 0) & inverse.isfinite().all()
 
 
@@ -97,7 +98,7 @@ def _eigen(f: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     if f.dim() == 2:
         try:
             values, vectors = torch.linalg.eigh(f)
-        except torch._C._LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             values = torch.full_like(f[0], torch.nan)
     return values, vectors, values.isfinite().all() & (values.max() > 0) & (values.min() >= -NEGATIVE * values.max())
 

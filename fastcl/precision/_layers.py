@@ -104,7 +104,7 @@ def discover(model: nn.Module, layers: Iterable[str] | None) -> Layout:
     report = {s.name: f"Kronecker factors of {layer.kind} {layer.name!r}{_tied(layer.modules)}" for layer in found for s in layer.slots}
     report |= {d.slot.name: f"diagonal: {_reason(d, uses[id(d.slot.parameter())])}" for d in rest}
     without_rule = [d.slot.name for d in rest if d.kind in ("other", "grouped")]
-    if without_rule and wanted != set():
+    if without_rule and wanted is None:
         warnings.warn(
             f"{some(without_rule)}: no Kronecker factors for {'its kind' if len(without_rule) == 1 else 'their kinds'} of module (those "
             "with a rule are Linear, Conv1d/2d/3d with groups=1 and Embedding); a diagonal block is kept instead",
@@ -150,7 +150,8 @@ def _known(layers: Iterable[str], uses: dict[int, list[Use]]) -> set[str]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a list of module names, got {type(layers).__name__}")
     names = list(layers)
-    possible = [use.name for own in uses.values() for use in own if use.key == "weight" and use.kind in FACTORED]
+    trained = [use for own in uses.values() for use in own if use.slot.parameter().requires_grad]
+    possible = [use.name for use in trained if use.key == "weight" and use.kind in FACTORED]
     for name in names:
         if name not in possible:
             raise ValueError(f"layers has {name!r}, which names no module that can have Kronecker factors; those are {some(possible)}")

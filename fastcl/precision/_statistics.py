@@ -153,10 +153,10 @@ class FactorSums(_OfModules):
     def _add_mean_tokens(self, calls: list[Call], samples: int) -> None:
         tokens = torch.cat([call.x.reshape(samples, -1) for call in calls], 1)
         kept = torch.cat([_kept(call).reshape(samples, -1) for call in calls], 1)
-        share = (1 / kept.sum(1, keepdim=True).clamp_min(1)).expand_as(tokens)
+        share = kept.sum(1, keepdim=True).clamp_min(1).to(self.inputs.dtype).reciprocal().expand_as(tokens)
         sample = torch.arange(samples, device=tokens.device).unsqueeze(1).expand_as(tokens)
         pairs, place = torch.unique(torch.stack([sample, tokens])[:, kept], dim=1, return_inverse=True)
-        mean = self.inputs.new_zeros(pairs.shape[1]).index_add_(0, place, share[kept].to(self.inputs.dtype))
+        mean = self.inputs.new_zeros(pairs.shape[1]).index_add_(0, place, share[kept])
         self.inputs.index_add_(0, pairs[1], mean.square())
 
     def sums(self) -> dict[Key, Tensor]:

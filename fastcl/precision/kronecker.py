@@ -73,16 +73,6 @@ class KroneckerPrecision(Precision):
         """D by parameter name, undamped, not copied."""
         return {} if self._diagonal is None else dict(zip(self._diagonal.names, self._diagonal.diagonal, strict=True))
 
-    def fisher(self) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-        """What was collected since the last :meth:`merge_`: ``(A, G)`` by module name, and the diagonals by parameter name; float64.
-
-        Layers that no pass has used are missing. Raises RuntimeError if nothing was collected.
-        """
-        if self._sums is None:
-            raise RuntimeError("nothing was collected since the last merge_(); run forward and backward passes within collect()")
-        found = {f.layer.name: pair for f in self._factors if (pair := self._sums.factors(f.layer)) is not None}
-        return found, {d.slot.name: self._sums.squares(d.slot.name) for d in self._layout.diagonal}
-
     @classmethod
     def from_factors(
         cls, model: nn.Module, factors: Mapping[str, Pair], *, anchor: Mapping[str, Tensor] | None = None, n_data: float
