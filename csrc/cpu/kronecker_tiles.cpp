@@ -50,10 +50,15 @@ FASTCL_HD void tile(const C* const* left, int64_t depth, const C* right, int64_t
     if constexpr (half) memcpy(&y, right + k * stride + F * kLanes<C>, sizeof(Half));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const C a = row[r][k];
+      // One broadcast from memory for both widths; a second one would be a shuffle, which shares a port with the multiply-adds.
+      const Full a = row[r][k] - Full{};
 #pragma GCC unroll 8
       for (int f = 0; f < F; ++f) sum[r][f] += a * x[f];
-      if constexpr (half) rest[r] += a * y;
+      if constexpr (half) {
+        Half low;
+        memcpy(&low, &a, sizeof(Half));
+        rest[r] += low * y;
+      }
     }
   }
 #pragma GCC unroll 8

@@ -107,13 +107,11 @@ def _check_all(layers: Layers, of: str, factors: str, named: Sequence[Named], wr
         said = f"{of}[{i}] is [{m}, {columns}]" + (" with a bias" if b.numel() else "")
         _check_factor(f"A of {factors}[{i}]", a, n, said)
         _check_factor(f"G of {factors}[{i}]", g, m, said)
-        first = layers.A[0].dtype
-        for name, t in (("A", a), ("G", g)):
-            if t.dtype != first:
-                raise TypeError(f"{name} of {factors}[{i}] has dtype {t.dtype} and A of {factors}[0] has {first}; one call takes one dtype")
+        if a.dtype != g.dtype:
+            raise TypeError(f"A of {factors}[{i}] has dtype {a.dtype} and G has {g.dtype}; accepted is one dtype for both")
         for name, value in named:
             if name in ("M", "H", "workspace"):
-                _check_matrix(name, i, value[i], m, n, first)
+                _check_matrix(name, i, value[i], m, n, a.dtype)
     _share(named, written)
 
 

@@ -1,7 +1,7 @@
 """Large layers: the vendor's matrix products over blocks of rows, so that no temporary has a layer's size.
 
-All products run in the factors' dtype; under autocast too. A layer is written through blocks of at least 128 rows and, where that is
-more, of an eighth of all elements of the call.
+All products run in the factors' dtype; under autocast too. A block has 2^18 elements, 128 rows or an eighth of all elements of the call,
+whatever is most: smaller ones would slow the products down by more than the last sweep gains.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastcl.ops._kronecker_layers import Layers
 
 LEAST_ROWS = 128
+LEAST_ELEMENTS = 1 << 18
 SHARE = 8
 PAD = 16  # elements: rows of scratch start at a cache line
 
@@ -41,7 +42,7 @@ class Scratch:
 
     def rows(self, m: int, n: int) -> int:
         """How many of ``m`` rows of ``n`` elements are a block: about equally many in each."""
-        most = max(LEAST_ROWS, self.total // SHARE // max(n, 1))
+        most = max(LEAST_ROWS, max(LEAST_ELEMENTS, self.total // SHARE) // max(n, 1))
         return m if most >= m else min(most, -(-m // (-(-m // most)) + 7) // 8 * 8)
 
     def blocks(self, m: int, n: int) -> Iterator[Block]:

@@ -33,9 +33,7 @@ def solve_(layers: Layers, stage: Stage) -> None:
     if small:
         bucket = layers.select(small)
         stage("kron_small_")(bucket.weights, bucket.biases, bucket.A, bucket.G)
-    large = _others(layers, small)
-    if large:
-        rest = layers.select(large)
+    for rest in _large(layers, small):
         scratch = Scratch(rest)
         for w, b, a, g in zip(rest.weights, rest.biases, rest.A, rest.G, strict=True):
             _kronecker_large.solve_(w, b, a, g, scratch)
@@ -49,9 +47,7 @@ def quadratic(layers: Layers, stage: Stage) -> Tensor:
     if small:
         bucket = layers.select(small)
         total = stage("kron_small_quadratic")(bucket.weights, bucket.biases, bucket.A, bucket.G)[0]
-    large = _others(layers, small)
-    if large:
-        rest = layers.select(large)
+    for rest in _large(layers, small):
         scratch = Scratch(rest, blocks=2)
         for w, b, a, g in zip(rest.weights, rest.biases, rest.A, rest.G, strict=True):
             total = total + _kronecker_large.quadratic(w, b, a, g, stage("grad_dot"), scratch)
@@ -64,9 +60,8 @@ def step_(layers: Layers, lr: float | Tensor, momentum: float, strength: float, 
         small = layers.small()
         if small:
             _small_step_(layers.select(small), lr, momentum, strength, stage)
-        large = _others(layers, small)
-        if large:
-            _large_step_(layers.select(large), lr, momentum, strength, stage)
+        for part in _large(layers, small):
+            _large_step_(part, lr, momentum, strength, stage)
         _dispatch.bump_versions([*layers.weights, *layers.biases, *layers.M, *layers.H])
         return
     q = direction_(layers, momentum, strength, stage)
@@ -82,9 +77,7 @@ def direction_(layers: Layers, momentum: float, strength: float, stage: Stage) -
         part = layers.select(small)
         grads = part.weight_grads, part.bias_grads
         total = stage("ncl_small_direction_")(part.M, part.V, *grads, part.H, part.A, part.G, momentum, strength).sum()
-    large = _others(layers, small)
-    if large:
-        part = layers.select(large)
+    for part in _large(layers, small):
         stage("ncl_momentum_")(part.M, part.H, part.weight_grads, part.bias_grads, momentum, strength, None)
         scratch = Scratch(part)
         for v, m, a, g in zip(part.V, part.M, part.A, part.G, strict=True):
@@ -128,6 +121,13 @@ def _large_step_(part: Layers, lr: float | Tensor, momentum: float, strength: fl
         step = step_size(torch.zeros((), dtype=torch.float64, device=part.A[0].device), lr, None)
         for i in indirect:
             _kronecker_large.apply_by_blocks_(part, i, step, stage("ncl_apply_"), scratch)
+
+
+def _large(layers: Layers, small: list[int]) -> list[Layers]:
+    """The other layers, those of one dtype together: they share scratch memory."""
+    rest = _others(layers, small)
+    dtypes = dict.fromkeys(layers.A[i].dtype for i in rest)
+    return [layers.select([i for i in rest if layers.A[i].dtype == dtype]) for dtype in dtypes]
 
 
 def _others(layers: Layers, members: list[int]) -> list[int]:

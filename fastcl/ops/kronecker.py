@@ -31,8 +31,8 @@ def kron_solve_(grads: Sequence[Layer], inverse_factors: Sequence[Factors]) -> N
     Args:
         grads: for each layer its weight's gradient, at least two dimensions, outputs first, or a pair (weight's, bias's); the bias may be
             None. Dense tensors on one device, float64, float32, bfloat16 or float16, any strides; written. They may not share memory.
-        inverse_factors: for each layer the pair ``(A^-1 [n, n], G^-1 [m, m])``, float64 or float32, all of one dtype, contiguous rows at
-            any distance; a factor with one dimension ([n] or [m]) is diagonal.
+        inverse_factors: for each layer the pair ``(A^-1 [n, n], G^-1 [m, m])``, both float64 or both float32, contiguous rows at any
+            distance; a factor with one dimension ([n] or [m]) is diagonal.
 
     Raises:
         TypeError: not a list of layers or pairs, a dtype that is not accepted, a DTensor (:class:`fastcl.optim.NCL` takes those).
@@ -190,8 +190,8 @@ def kron_merge(B_L: Tensor, B_R: Tensor, C_L: Tensor, C_R: Tensor, rule: str = "
     * ``"kl"``: minimises ``log|L x R| + tr((L x R)^-1 (B_L x B_R + C_L x C_R))``, the divergence between the Gaussians of these
       precisions' inverses (Kao, Jensen et al., NeurIPS 2021, appendix). The optimum is ``L = e0 B_L + e1 C_L, R = f0 B_R + f1 C_R``: with
       ``d_L`` and ``d_R`` the generalised eigenvalues of ``(C_L, B_L)`` and ``(C_R, B_R)``, four scalars are iterated,
-      ``f_j = mean(d_L^j / (e0 + e1 d_L))`` and ``e_j = mean(d_R^j / (f0 + f1 d_R))``, until they are still to 1e-14. k identical tasks
-      give k F.
+      ``f_j = mean(d_L^j / (e0 + e1 d_L))`` and ``e_j = mean(d_R^j / (f0 + f1 d_R))``, until they are still to 1e-14. k identical
+      tasks give k F.
     * ``"pi"``: ``L = B_L + pi C_L, R = B_R + C_R / pi`` with ``pi = sqrt(tr B_L tr C_R / (tr C_L tr B_R))`` (Martens and Grosse 2015).
       k identical tasks give k^2 F.
     * ``"frobenius"``: the nearest one in the Frobenius norm (Van Loan and Pitsianis 1993), from the Gram matrices of both sides.
