@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastcl import _distributed
 from fastcl.methods._laplace import Laplace
 from fastcl.methods._memory import Scaler
 from fastcl.methods._passes import Forward
@@ -84,9 +85,14 @@ class KFAC_EWC(Laplace):
         strength = self._strength if scaler is None else self._strength * scaler.get_scale()
         anchor: Any = self._precision.anchor
         params = {name: p for block in self._precision.blocks for name, p in zip(block.names, block.params, strict=True)}
-        deltas = {name: p.detach().to(anchor[name].dtype) - anchor[name] for name, p in params.items()}
+        deltas = {name: _as(anchor[name], p).to(anchor[name].dtype) - anchor[name] for name, p in params.items()}
         pulls = self._precision.multiply(deltas)
         for name, p in params.items():
             if p.grad is not None:
-                own, pull = _sharded.shards([p.grad, pulls[name]])
+                own, pull = _sharded.shards([p.grad, _distributed.lay_out(pulls[name], p.grad)])
                 own.add_(pull.to(own.dtype), alpha=strength)
+
+
+def _as(anchor: Tensor, p: Tensor) -> Tensor:
+    """A parameter sharded as its anchor is, or whole as it."""
+    return p.detach() if _sharded.is_sharded([anchor]) else _distributed.whole(p.detach())
