@@ -178,15 +178,18 @@ class Precision(Stateful, abc.ABC):
 
     def _statistics(self, fisher: str, sequence: str) -> list[Statistic]:
         """What :meth:`collect` accumulates."""
+        self._check_others(fisher)
+        factors: list[Statistic] = [FactorSums(layer, sequence) for layer in self._layout.layers]
+        return factors + [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
+
+    def _check_others(self, fisher: str) -> None:
+        """Raise ValueError if there are parameters of which only drawn labels tell the squares."""
         others = [d.slot.name for d in self._layout.diagonal if d.kind == "other"]
         if others and fisher != "sample":
             raise ValueError(
                 f"fisher={fisher!r} needs gradients of single samples, which cannot be told apart for {some(others)}; use "
                 "fisher='sample', or freeze them"
             )
-        factors: list[Statistic] = [FactorSums(layer, sequence) for layer in self._layout.layers]
-        squares: list[Statistic] = [squares_of(d, fisher == "sample") for d in self._layout.diagonal]
-        return factors + squares
 
     def fisher(self) -> tuple[dict[str, Pair], dict[str, Tensor]]:
         """What was collected since the last :meth:`merge_`: ``(A, G)`` by module name, and the diagonals by parameter name; float64.
@@ -269,7 +272,7 @@ class Precision(Stateful, abc.ABC):
 
     def _named(self, argument: str, values: Any) -> dict[str, Tensor]:
         self._follow()
-        return named_copies(argument, values, self._slots)
+        return named_copies(argument, values, self._slots, self._on_shards)
 
     def _kept(self) -> dict[str, Any]:
         damping = None if self._damping is None else list(self._damping)
@@ -292,6 +295,11 @@ class Precision(Stateful, abc.ABC):
         self._n_data, self._damping, self._sums = common.n_data, common.damping, None
         # An optimizer whose state belongs to another Lambda sees it by the number.
         self._version = max(self._version, common.changes) + 1
+
+    @property
+    def _on_shards(self) -> bool:
+        """Whether blocks work on each rank's shards of sharded parameters, or on whole ones."""
+        return False
 
     def _follow(self) -> None:
         """Move to the model's device."""

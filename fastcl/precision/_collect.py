@@ -15,6 +15,7 @@ from fastcl import _distributed
 from fastcl._model import Slot, some
 from fastcl.ops import _sharded
 from fastcl.ops._checks import integer
+from fastcl.precision._columns import Columns
 from fastcl.precision._labels import losses
 from fastcl.precision._layers import BATCH_NORMS, Layout
 from fastcl.precision._statistics import Batch, Call, Statistic, Sums
@@ -36,6 +37,9 @@ class Collection:
         self._model, self._layout, self._slots, self._statistics = model, layout, slots, statistics
         self._fisher, self._reduction = fisher, reduction
         self._parallel = _distributed.data_parallel(model, slots)
+        # fully_shard puts others in their places while a forward pass waits for its backward pass.
+        self._everything, self._params = list(model.parameters()), [slot.parameter() for slot in slots]
+        self._sharded = _sharded.is_sharded(self._params)
         device = slots[0].parameter().device
         start = int(torch.randint(2**62, ())) if seed is None else integer("seed", seed, 2**63)
         # Ranks that drew the same numbers would make their samples' gradients dependent.
@@ -46,7 +50,8 @@ class Collection:
         self._stated: int | None = None  # samples of the running pass, where backward() knows them
         self._called: list[Call] = []  # in the backward pass that is running
         self._direct: set[str] = set()  # layers whose weight has a gradient though no call of the module was seen
-        self._queued = False
+        self._queued = self._closed = False
+        self._fresh = 0  # samples of the running pass that were not in an earlier one
 
     def backward(self, logits: Tensor, targets: Tensor | None = None) -> None:
         """Take in a batch: one backward pass of the samples' summed cross-entropy ("exact": one per class). Writes no ``.grad``.
@@ -60,29 +65,40 @@ class Collection:
             TypeError: logits or targets that are no tensors.
             ValueError: logits of another shape or without a graph, targets that are missing or not wanted.
         """
-        values = list(losses(self._fisher, logits, targets, self._generator))
+        values = list(losses(self._fisher, logits, targets, self._generator, self._signed))
         for i, loss in enumerate(values):
-            self._pass(loss, len(logits), last=i == len(values) - 1)
+            self._pass(loss, len(logits), first=i == 0, last=i == len(values) - 1)
 
-    def _pass(self, loss: Tensor, samples: int, last: bool) -> None:
-        params = [p for slot in self._slots if (p := slot.parameter()).requires_grad]
-        self._stated = samples
+    @property
+    def _signed(self) -> bool:
+        """Whether random signs have to make up for gradients of single samples whose mean is not zero."""
+        return self._fisher != "sample" and any(isinstance(statistic, Columns) for statistic in self._statistics)
+
+    def _pass(self, loss: Tensor, samples: int, first: bool, last: bool) -> None:
+        self._stated, self._fresh, self._closed = samples, samples if first else 0, False
         try:
-            if not _sharded.is_sharded(params):
-                torch.autograd.grad(loss, params, allow_unused=True, retain_graph=not last)
+            if not self._sharded:
+                wanted = [p for p in self._params if p.requires_grad]
+                torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=not last)
                 return
             if not last:
                 raise ValueError("fisher='exact' needs several backward passes through one graph, which fully_shard does not keep")
-            found = _distributed.gradients(loss, list(self._model.parameters()), params)
-            self._take_sharded({id(p): g for p, g in zip(params, found, strict=True)})
+            wanted = [p for p in self._params if p.requires_grad]
+            found = {id(p): g for p, g in zip(wanted, _distributed.gradients(loss, self._everything, wanted), strict=True)}
+            self._take_sharded({slot.name: found.get(id(p)) for slot, p in zip(self._slots, self._params, strict=True)})
         finally:
             self._stated = None
 
-    def _take_sharded(self, grads: Mapping[int, Tensor | None]) -> None:
+    def _take_sharded(self, grads: Mapping[str, Tensor | None]) -> None:
         """Averages over the ranks come as DTensors; no hook has seen them. Every rank takes its share of the whole batch's squares."""
+        if not self._closed:
+            self._close()
         for statistic in self._statistics:
+            if isinstance(statistic, Columns):
+                statistic.take_all([grads.get(slot.name) for slot in statistic.slots])
+                continue
             for index, slot in enumerate(statistic.slots):
-                grad = grads.get(id(slot.parameter()))
+                grad = grads[slot.name]
                 if grad is not None:
                     statistic.take(index, _distributed.whole(grad) * self._parallel.size**0.5)
             if statistic.slots:
@@ -156,14 +172,21 @@ class Collection:
     @torch.no_grad()
     def _close(self) -> None:
         """A backward pass is over."""
-        self._queued = False
+        self._queued, self._closed = False, True
+        if self._stated is None and self._signed:
+            raise ValueError(
+                f"fisher={self._fisher!r} needs a sign for each sample's loss: call the collection's backward(logits, targets)"
+            )
         called, self._called, batch, self._batch = self._called, [], self._batch, None
         batches = list({id(call.batch): call.batch for call in called}.values()) or ([batch] if batch is not None else [])
         fresh = sum(b.samples for b in batches if not b.counted)
         samples = self._stated if self._stated is not None else sum(b.samples for b in batches)
-        if fresh or not batches:
-            self._samples += samples if self._stated is not None else fresh
+        self._samples += fresh if self._stated is None else self._fresh
         scale = float(samples) if self._stated is None and self._reduction == "mean" else 1.0
+        if self._sharded and self._stated is None and (names := [slot.name for statistic in self._statistics for slot in statistic.slots]):
+            raise ValueError(
+                f"the gradients of {some(names)} are sharded, and no hook sees them; use the collection's own backward(logits)"
+            )
         for statistic in self._statistics:
             statistic.close(samples, scale)
         for call in called:
@@ -177,24 +200,27 @@ class Collection:
         Raises:
             ValueError: a NaN or an Inf, or a weight that was used without a call of its module; the layers are named.
         """
-        tensors = {key: self._parallel.reduce(t) for statistic in self._statistics for key, t in statistic.sums().items()}
+        found = {key: t for statistic in self._statistics for key, t in statistic.sums().items()}
+        tensors = {key: self._parallel.reduce(t) for key, t in found.items() if isinstance(t, Tensor)}
+        parts = {key: part.over(self._parallel) for key, part in found.items() if not isinstance(part, Tensor)}
         if self._direct:
             raise ValueError(
                 f"the weights of {some(sorted(self._direct))} had gradients though no call of these modules was seen, which Kronecker "
                 "factors need: leave them out of layers=[...], so that they have a diagonal"
             )
-        flags = torch.stack([torch.isfinite(t).all() for t in tensors.values()]).double() if tensors else torch.empty(0)
+        checked = {**tensors, **parts}
+        flags = torch.stack([t.is_finite() if key in parts else torch.isfinite(t).all() for key, t in checked.items()]).double()
         counts = [t.reshape(1).to(flags.device) for (kind, _), t in tensors.items() if kind == "rows"]
         read = torch.cat([flags, *counts]).tolist()
-        failing = list(dict.fromkeys(name for (_, name), ok in zip(tensors, read, strict=False) if not ok))
+        failing = list(dict.fromkeys(name for (_, name), ok in zip(checked, read, strict=False) if not ok))
         if failing:
             raise ValueError(
                 f"a NaN or an Inf in the activations or gradients of {some(failing)}: the training has diverged, or a batch holds one; "
                 "nothing of this block was kept"
             )
-        rows = dict(zip((name for kind, name in tensors if kind == "rows"), read[len(tensors) :], strict=True))
+        rows = dict(zip((name for kind, name in tensors if kind == "rows"), read[len(checked) :], strict=True))
         kept = {key: t for key, t in tensors.items() if key[0] != "rows"}
-        return Sums(self._parallel.total(self._samples), rows, kept)
+        return Sums(self._parallel.total(self._samples), rows, kept, parts)
 
 
 def _hook(t: Tensor, function: Callable[[Tensor], None]) -> Any:

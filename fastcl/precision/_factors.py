@@ -39,19 +39,23 @@ class Factors:
     """A layer, its factors and its anchor ``[W | b]``; what the block reads in every step, replaced once per task."""
 
     def __init__(self, layer: Layer, value: float) -> None:
-        weight = layer.weight.parameter()
-        self.layer, self.failures = layer, 0
-        self.shapes = tuple(slot.parameter().shape for slot in layer.slots)
-        self.rows, self.columns, self.dtype = layer.rows, layer.columns, compute_dtype(weight)
-        self.anchor = padded(self.rows, self.columns, self.dtype, weight.device)
-        self._workspace: Tensor | None = None
-        options = {"dtype": self.dtype, "device": weight.device}
+        self._place(layer)
+        options = {"dtype": self.dtype, "device": self.anchor.device}
         A = torch.eye(self.columns, **options).mul_(value)  # type: ignore[call-overload]
         G = torch.full((self.rows,), value, **options) if layer.kind == "embedding" else torch.eye(self.rows, **options).mul_(value)  # type: ignore[call-overload]
         prepared = prepare([(A, G)], None)[0]
         if prepared is None:  # multiples of the identity have inverses
             raise ValueError(f"layer {layer.name!r}: 1 / sqrt(n_data) = {value} cannot be inverted in {self.dtype}")
         self.matrices: Matrices = prepared
+
+    def _place(self, layer: Layer) -> None:
+        """All but the factors."""
+        weight = layer.weight.parameter()
+        self.layer, self.failures = layer, 0
+        self.shapes = tuple(slot.parameter().shape for slot in layer.slots)
+        self.rows, self.columns, self.dtype = layer.rows, layer.columns, compute_dtype(weight)
+        self.anchor = padded(self.rows, self.columns, self.dtype, weight.device)
+        self._workspace: Tensor | None = None
 
     @property
     def anchors(self) -> list[Tensor]:

@@ -83,7 +83,11 @@ class KroneckerBlock:
             if f in layers:
                 f.load_(H).sub_(f.anchor)
         chosen = [(f, H) for f, H in zip(self.layers, pulls, strict=True) if f in layers]
-        _multiply([f for f, _ in chosen], [H for _, H in chosen])
+        self._multiply([f for f, _ in chosen], [H for _, H in chosen])
+
+    def _multiply(self, layers: Sequence[Factors], X: Sequence[Tensor]) -> None:
+        """X <- Lambda X."""
+        _multiply(layers, X)
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:

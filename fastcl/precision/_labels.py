@@ -20,8 +20,11 @@ def checked_words(fisher: str, sequence: str, reduction: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
-def losses(fisher: str, logits: Tensor, targets: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
-    """The summed losses of a batch that one backward pass each is for; see :meth:`Collection.backward`."""
+def losses(fisher: str, logits: Tensor, targets: Tensor | None, generator: torch.Generator, signed: bool) -> Iterator[Tensor]:
+    """The summed losses of a batch that one backward pass each is for; see :meth:`Collection.backward`.
+
+    ``signed``: each sample's loss gets a random sign, so that products of two samples' gradients have mean zero whatever the labels.
+    """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if logits.dim() < 2 or (logits.dim() > 2 and fisher == "exact"):
@@ -38,6 +41,8 @@ def losses(fisher: str, logits: Tensor, targets: Tensor | None, generator: torch
     if fisher == "exact":
         # Squares of gradients are wanted: their weight p enters as its root.
         roots = (log_p.detach() / 2).exp()
+        if signed:
+            roots = roots * _signs(roots, generator)
         yield from (-(root * column).sum() for root, column in zip(roots.unbind(1), log_p.unbind(1), strict=True))
         return
     if targets is None:
@@ -45,4 +50,13 @@ def losses(fisher: str, logits: Tensor, targets: Tensor | None, generator: torch
         noise = torch.empty_like(log_p).exponential_(generator=generator).log()
         targets = (log_p.detach() - noise).argmax(-1)
     dense = targets.is_floating_point()
-    yield cross_entropy(logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten(), reduction="sum")
+    rows = logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten()
+    if signed:
+        apart = cross_entropy(*rows, reduction="none").view(len(logits), -1).sum(1)
+        yield (apart * _signs(apart, generator)).sum()
+    else:
+        yield cross_entropy(*rows, reduction="sum")
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, like.shape, device=like.device, generator=generator).to(like.dtype).mul_(2).sub_(1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastcl._distributed import DataParallel
 from fastcl._model import Slot
 from fastcl.precision import _rows
 from fastcl.precision._layers import Layer, compute_dtype
@@ -30,21 +31,36 @@ class Call:
         self.module, self.x, self.batch, self.counted = module, x.detach(), batch, False
 
 
+class Part(Protocol):
+    """A sum that is kept as something else than a tensor of its size."""
+
+    def plus(self, other: Any) -> Any:
+        """Both together."""
+
+    def over(self, parallel: DataParallel) -> Any:
+        """The sum over all ranks."""
+
+    def is_finite(self) -> Tensor:
+        """Whether all that was added was finite: a 0-d tensor."""
+
+
 @dataclass
 class Sums:
     """What was collected: additive over blocks of collect() and over ranks.
 
-    ``rows``: over how many rows a layer's gradients were summed.
+    ``rows``: over how many rows a layer's gradients were summed. ``tensors`` are sums, ``parts`` those that are approximated.
     """
 
     samples: int
     rows: dict[str, float]
     tensors: dict[Key, Tensor]
+    parts: dict[Key, Part] = field(default_factory=dict)
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
         rows = {name: count + other.rows[name] for name, count in self.rows.items()}
-        return Sums(self.samples + other.samples, rows, {key: t + other.tensors[key] for key, t in self.tensors.items()})
+        tensors = {key: t + other.tensors[key] for key, t in self.tensors.items()}
+        return Sums(self.samples + other.samples, rows, tensors, {key: part.plus(other.parts[key]) for key, part in self.parts.items()})
 
     def factors(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         """A and G per datum, float64; None where no pass has used the layer."""
@@ -79,7 +95,7 @@ class Statistic(Protocol):
     def close(self, samples: int, scale: float) -> None:
         """A backward pass of this many samples is over; what was taken is to be multiplied by ``scale``."""
 
-    def sums(self) -> Mapping[Key, Tensor]:
+    def sums(self) -> Mapping[Key, Tensor | Part]:
         """What has been accumulated; it may be changed."""
 
 
@@ -96,22 +112,30 @@ class FactorSums(_OfModules):
     def __init__(self, layer: Layer, sequence: str) -> None:
         weight = layer.weight.parameter()
         self.layer, self.modules, self.reduce = layer, layer.modules, sequence == "reduce"
-        options: dict[str, Any] = {"dtype": compute_dtype(weight), "device": weight.device}
+        self.dtype, self.device = compute_dtype(weight), weight.device
         m, n = layer.rows, layer.columns
-        sides = ((m,), (n, n)) if layer.kind == "embedding" else ((n, n), (m, m))
-        self.inputs, self.gradients = (torch.zeros(shape, **options) for shape in sides)
+        self.inputs, self.gradients = (
+            (self._zeros(m, False), self._zeros(n)) if layer.kind == "embedding" else (self._zeros(n), self._zeros(m))
+        )
         self.rows = torch.zeros((), dtype=torch.float64, device=weight.device)
         self._seen: list[tuple[Call, Tensor]] = []
 
+    def _zeros(self, size: int, matrix: bool = True) -> Any:
+        return torch.zeros((size, size) if matrix else (size,), dtype=self.dtype, device=self.device)
+
+    def _add(self, total: Any, rows: Tensor, bias: bool = False) -> None:
+        """``total += [rows, 1]^T [rows, 1]``, or without the column of ones."""
+        _add_squares(total, rows, bias)
+
     def see(self, call: Call, grad: Tensor) -> None:
         """See :class:`Statistic`, as for all that follows."""
-        g = _rows.gradients(self.layer.kind, call.module, grad).to(self.gradients.dtype)
+        g = _rows.gradients(self.layer.kind, call.module, grad).to(self.dtype)
         if self.layer.kind == "embedding" and (padding := _padding(call)) is not None:
             g = g.masked_fill(padding.view(g.shape[:2]).unsqueeze(2), 0)
         if self.reduce:
             self._seen.append((call, g.sum(1)))
             return
-        _add_squares(self.gradients, g.flatten(0, 1))
+        self._add(self.gradients, g.flatten(0, 1))
         if call.counted:
             return
         if self.layer.kind == "embedding":
@@ -124,8 +148,8 @@ class FactorSums(_OfModules):
         for x in (
             torch.split(call.x, max(1, _rows.CHUNK // (g.shape[1] * self.layer.inputs))) if self.layer.kind == "convolution" else (call.x,)
         ):
-            a = _rows.inputs(self.layer.kind, call.module, x).to(self.inputs.dtype)
-            _add_squares(self.inputs, a.flatten(0, 1), self.layer.bias is not None)
+            a = _rows.inputs(self.layer.kind, call.module, x).to(self.dtype)
+            self._add(self.inputs, a.flatten(0, 1), self.layer.bias is not None)
 
     def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
         """In "reduce" the parts of a sample come together here."""
@@ -138,7 +162,7 @@ class FactorSums(_OfModules):
                     f"the layer {self.layer.name!r} saw {len(g)} rows of inputs in a batch of {samples} samples; sequence='reduce' needs "
                     f"samples in dimension 0 of its input, which has shape {tuple(call.x.shape)}; use sequence='expand'"
                 )
-        _add_squares(self.gradients, torch.stack([g for _, g in seen]).sum(0))
+        self._add(self.gradients, torch.stack([g for _, g in seen]).sum(0))
         fresh = [call for call, _ in seen if not call.counted]
         if not fresh:
             return
@@ -146,9 +170,9 @@ class FactorSums(_OfModules):
         if self.layer.kind == "embedding":
             self._add_mean_tokens(fresh, samples)
             return
-        rows = [_rows.inputs(self.layer.kind, call.module, call.x).to(self.inputs.dtype) for call in fresh]
+        rows = [_rows.inputs(self.layer.kind, call.module, call.x).to(self.dtype) for call in fresh]
         mean = torch.stack([a.sum(1) for a in rows]).sum(0) / sum(a.shape[1] for a in rows)
-        _add_squares(self.inputs, mean, self.layer.bias is not None)
+        self._add(self.inputs, mean, self.layer.bias is not None)
 
     def _add_mean_tokens(self, calls: list[Call], samples: int) -> None:
         tokens = torch.cat([call.x.reshape(samples, -1) for call in calls], 1)
@@ -159,7 +183,7 @@ class FactorSums(_OfModules):
         mean = self.inputs.new_zeros(pairs.shape[1]).index_add_(0, place, share[kept])
         self.inputs.index_add_(0, pairs[1], mean.square())
 
-    def sums(self) -> dict[Key, Tensor]:
+    def sums(self) -> Mapping[Key, Any]:
         """Both sides, and over how many rows the gradients were summed."""
         name = self.layer.name
         return {("inputs", name): self.inputs, ("gradients", name): self.gradients, ("rows", name): self.rows}

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl import _distributed
 from fastcl._model import Slot, some
 from fastcl.precision._layers import compute_dtype
 
 
 @torch.no_grad()
-def named_copies(argument: str, values: Any, slots: Sequence[Slot]) -> dict[str, Tensor]:
+def named_copies(argument: str, values: Any, slots: Sequence[Slot], sharded: bool) -> dict[str, Tensor]:
     """Contiguous copies of what was given, in the factors' dtypes."""
     given = _by_name(argument, values, [slot.name for slot in slots])
     result = {}
@@ -25,7 +26,8 @@ def named_copies(argument: str, values: Any, slots: Sequence[Slot]) -> dict[str,
             raise TypeError(f"{argument}[{slot.name!r}] must be a tensor, got {type(t).__name__}")
         if t.shape != p.shape:
             raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
-        result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(t.detach())
+        own = t.detach() if sharded else _distributed.whole(t.detach())
+        result[slot.name] = torch.empty_like(own, dtype=compute_dtype(p), memory_format=torch.contiguous_format).copy_(own)
     return result
 
 
