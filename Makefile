@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-FAMILIES := soft_mask importance projection child_mask bit_mask quantile pull optimizers
+FAMILIES := soft_mask importance projection child_mask bit_mask quantile pull low_rank optimizers
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
 
 help:

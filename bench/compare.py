@@ -31,7 +31,8 @@ from fastcl.testing import CASES, SIZES, elements
 
 RESULTS = machine.ROOT / "bench" / "results"
 TESTS = tuple(
-    f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull", "quantile", "bit_mask")
+    f"tests/test_{family}.py"
+    for family in ("soft_mask", "importance", "projection", "child_mask", "pull", "quantile", "bit_mask", "low_rank")
 )
 SLOW_MS = 500.0  # a call that takes longer has its memory measured once
 STEP_ROUNDS = (15, 400)  # an overhead of a few percent is a small difference of two large times

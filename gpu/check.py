@@ -20,7 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5"]
 # The optimizers' own tests compare with torch's kernels bit for bit, which fuse otherwise on a GPU: tests/gpu compares with the CPU.
-OPS = [f"tests/test_{family}.py" for family in ("soft_mask", "importance", "projection", "child_mask", "pull", "quantile", "bit_mask")]
+OPS = [
+    f"tests/test_{family}.py"
+    for family in ("soft_mask", "importance", "projection", "child_mask", "pull", "quantile", "bit_mask", "low_rank")
+]
 
 
 @dataclass

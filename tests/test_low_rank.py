@@ -287,7 +287,9 @@ def test_append_keeps_every_diagonal_element(device, rank, count, dtype):
     for n in range(3):
         matrix = appended(diagonal, basis, sigma, spread(SMALL, dtype, device, 7 * n, count), 2.0)
         kept = dense(diagonal, basis, sigma)
-        assert float((kept.diagonal() / matrix.diagonal() - 1).abs().max()) <= 32 * unit_roundoff(dtype)
+        # The decomposition's own roundings, relative to the largest singular value.
+        largest = float(sigma.max()) ** 2 if rank else 0
+        assert float((kept.diagonal() / matrix.diagonal() - 1).abs().max()) <= 32 * unit_roundoff(dtype) + 2.0**-53 * largest
 
 
 def test_append_keeps_the_principal_directions(device):
@@ -346,7 +348,7 @@ def test_rows_stay_orthonormal_where_singular_values_span_six_decades(device, dt
         ops.low_rank_append_(diagonal, basis, sigma, lists)
         check_form(diagonal, basis, sigma)
         kept = flat(diagonal) * (1 + ((sigma[:, None].cpu() * rows_of(basis)) ** 2).sum(0))
-        assert float((kept / matrix_diagonal - 1).abs().max()) <= 64 * unit_roundoff(dtype)
+        assert float((kept / matrix_diagonal - 1).abs().max()) <= 64 * unit_roundoff(dtype) + 2.0**-53 * float(sigma.max()) ** 2
     assert float(sigma.max() / sigma.min()) > 1e5
 
 
@@ -587,7 +589,7 @@ BAD = {
         ValueError,
         r"params\[1\] and params\[0\] share",
     ),
-    "momenta in params": (lambda a: [a[0], a[1], a[0], *a[3:]], ValueError, r"momenta\[0\] and params\[0\] share|params\[0\] and momenta"),
+    "momenta in params": (lambda a: [a[0], a[1], a[0], *a[3:]], ValueError, r"momenta\[.\] and params\[.\] share"),
     "a gradient is a momentum": (lambda a: [a[0], a[2], a[2], *a[3:]], ValueError, r"share memory"),
     "records": (lambda a: [[a[0][0].clone().requires_grad_(), a[0][1]], *a[1:]], ValueError, r"params\[0\] requires grad"),
     "meta": (lambda a: [a[0], [a[1][0], a[1][1].to("meta")], *a[2:]], ValueError, r"grads\[1\] is on meta and params\[1\] is on"),

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parent / "native"
-SUITES = ("scalars", "layout", "ops", "projection", "quantile", "child_mask", "fisher", "optimizers")
+SUITES = ("scalars", "layout", "ops", "projection", "quantile", "child_mask", "fisher", "low_rank", "optimizers")
 pytest.importorskip("pybind11")
 pytest.importorskip("hypothesis")
 

@@ -18,15 +18,22 @@ struct GatedLowRank {
 
   static const double* doubles(const Views& one) { return reinterpret_cast<const double*>(one[0].data); }
 
+  // Contiguous, as torch has it: without elements in any case.
+  static bool dense(Gate& gate, const char* name, const Views& views) {
+    for (size_t i = 0; i < views.size(); ++i)
+      if (views[i].numel() > 0 && !is_contiguous(views[i])) return gate.refuse(name, i, "is not contiguous");
+    return true;
+  }
+
   // Contiguous, all of the dtype of the diagonal, float64 or float32.
   static bool kept(Gate& gate, const char* name, const Views& views, const Views& diagonal) {
     for (size_t i = 0; i < views.size(); ++i)
       if (views[i].dtype != diagonal[0].dtype || size_of(views[i].dtype) < 4) return gate.refuse(name, i, "has not the diagonal's dtype");
-    return gate.contiguous(name, views);
+    return dense(gate, name, views);
   }
 
   static bool take_basis(Gate& gate, const Object& basis, Access access, Views& b) {
-    if (!(gate.take("basis", basis, access, false, b) && gate.contiguous("basis", b))) return false;
+    if (!(gate.take("basis", basis, access, false, b) && dense(gate, "basis", b))) return false;
     for (size_t i = 0; i < b.size(); ++i)
       if (b[i].ndim == 0 || b[i].shape[0] != b[0].shape[0] || b[i].shape[0] > kMostRows || b[i].dtype != b[0].dtype ||
           size_of(b[i].dtype) < 4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.ops._low_rank_stages import Place, Tensors, pick
-from fastcl.reference.low_rank import check_finite
+from fastcl.reference.low_rank import DEPENDENT, check_finite
 
 ORTHONORMAL = 1e-5  # what is promised
 SETTLED = {torch.float64: 1e-13, torch.float32: 1e-6}  # what rounding leaves
@@ -95,7 +95,7 @@ def principal(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = gram.diagonal().clamp(min=0).sqrt()
     shrink = torch.where(size > 0, 1 / size, 0)
     values, vectors = torch.linalg.eigh(shrink[:, None] * gram * shrink)
-    independent = values > 4e-15 * max(n, 8)  # a vector and its copy that float32 has rounded are one
+    independent = values > DEPENDENT * max(n, 8)
     root, vectors = values[independent].sqrt(), vectors[:, independent]
     left, lengths, right = torch.linalg.svd((root * vectors).T * size, full_matrices=False)
     return shrink[:, None] * ((vectors / root) @ left), lengths, right.T

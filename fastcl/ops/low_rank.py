@@ -82,7 +82,8 @@ def low_rank_quadratic(deltas: Tensors, diagonal: Tensors, basis: Tensors, sigma
     _low_rank_direct.listed(sigma, [("deltas", deltas), ("diagonal", diagonal), ("basis", basis)])
     if _sharded.is_sharded(deltas, diagonal, basis):
         return _sharded_low_rank.quadratic(deltas, diagonal, basis, sigma)
-    value: Tensor = torch.ops.fastcl.low_rank_quadratic(deltas, diagonal, basis, sigma)
+    with torch.no_grad():
+        value: Tensor = torch.ops.fastcl.low_rank_quadratic(deltas, diagonal, basis, sigma)
     return value
 
 

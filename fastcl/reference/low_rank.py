@@ -14,10 +14,13 @@ from torch import Tensor
 from fastcl.reference.projection import grad_dot
 
 Tensors = Sequence[Tensor]
+DEPENDENT = 4e-15  # times the number of rows: a vector and its copy that float32 has rounded are one
 
 
 def low_rank_solve_(grads: Tensors, diagonal: Tensors, basis: Tensors, sigma: Tensor) -> None:
     """``g <- Lambda^-1 g``; see :func:`fastcl.ops.low_rank_solve_`."""
+    if not grads:
+        return
     along = low_rank_products(grads, diagonal, basis, True)[:-1]
     low_rank_update_(grads, diagonal, basis, along * sigma**2 / (1 + sigma**2))
 
@@ -63,18 +66,26 @@ def low_rank_append_(diagonal: Tensors, basis: Tensors, sigma: Tensor, vectors: 
     old = torch.cat([_rows(b) for b in basis], dim=1) * sigma[:, None]
     new = torch.stack([torch.cat([t.double().flatten() for t in v]) for v in vectors]) * weight**0.5 / d.sqrt()
     check_finite(torch.cat([old, new]).square().sum(dim=1), rank)
-    left, values, _ = torch.linalg.svd(torch.cat([old, new]).T, full_matrices=False)
+    left, values = _principal(torch.cat([old, new]).T)
     columns = left * values
     wider = d * (1 + columns[:, rank:].square().sum(dim=1))
     kept = columns[:, :rank] * (d / wider).sqrt()[:, None]
-    left, values, _ = torch.linalg.svd(kept, full_matrices=False)
-    used = values > values.max().clamp(min=1e-300) * 1e-15 if len(values) else values > 0
+    left, values = _principal(kept)
     rows = torch.zeros(rank, len(d), dtype=torch.float64, device=d.device)
-    rows[: len(used)] = torch.where(used, left, 0).T
-    sigma.zero_()[: len(used)] = torch.where(used, values, 0)
+    rows[: len(values)] = left.T
+    sigma.zero_()[: len(values)] = values
     for b, t, row, w, shape in zip(basis, diagonal, *_split(rows, wider, shapes), shapes, strict=True):
         b.copy_(row.reshape(rank, *shape))
         t.copy_(w.reshape(shape))
+
+
+def _principal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values, as many as there are independent columns, each measured against its own length."""
+    size = columns.norm(dim=0)
+    left, values, _ = torch.linalg.svd(torch.where(size > 0, columns / size, 0), full_matrices=False)
+    left = left[:, values**2 > DEPENDENT * max(len(size), 8)]
+    turn, values, _ = torch.linalg.svd(left.T @ columns, full_matrices=False)
+    return left @ turn, values
 
 
 def _split(rows: Tensor, diagonal: Tensor, shapes: Sequence[torch.Size]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

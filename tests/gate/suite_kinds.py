@@ -311,6 +311,10 @@ def test_the_other_ops_have_the_same_gate(kind: str) -> None:
         C.fisher_add_([base(), odd], [base(), base()], 1.0, 1.0, True),
         C.fisher_update_([base(), odd], [base(), base()], 1.0, torch.ones(2, dtype=torch.float64), True),
         C.ewc_pull_([base(), odd], *[[base(), base()]] * 3, 1.0, True),
+        C.low_rank_update_([base(), odd], [base(), base()], [torch.ones(1, *SHAPE)] * 2, torch.ones(1).double(), True),
+        C.low_rank_products([base(), base()], [base(), odd], [torch.ones(1, *SHAPE)] * 2, True, True),
+        C.low_rank_products([base(), base()], [base(), base()], [torch.ones(1, *SHAPE), odd], True, True),
+        C.low_rank_rotate_([torch.ones(1, *SHAPE), odd], torch.ones(1, 1).double(), True),
     ):
         assert isinstance(refusal, str)
     if kind != "expanded":
@@ -435,6 +439,56 @@ def test_what_the_masks_gate_refuses() -> None:
     ):
         assert isinstance(refusal, str)
     assert raw(a) == before
+
+
+def low_rank() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    return [base() + 1], [torch.ones(2, *SHAPE)], torch.ones(2, dtype=torch.float64)
+
+
+def test_what_the_low_rank_gate_refuses() -> None:
+    a, g = base(), base() + 2
+    d, q, sigma = low_rank()
+    c, step, mix = torch.ones(2, dtype=torch.float64), torch.ones((), dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    before = [raw(t) for t in (a, g, *d, *q, sigma)]
+    forms: list[Any] = [(d, []), (d, [q[0][0]]), (d, [q[0].double()]), (d, [q[0].half()]), ([d[0].half()], [q[0].half()]), (d, [q[0].mT])]
+    forms += [([d[0].t()], q), (d, [torch.ones((257, *SHAPE))]), (d, [torch.ones(())]), (d, None), (None, q)]
+    numbers: list[Any] = [-1.0, float("nan"), float("inf"), "1", None, torch.tensor(0.5)]
+    step_lists: list[Any] = [([], [d[0]]), ([d[0]], []), ([d[0].double()], [d[0]]), ([d[0]], [d[0].t()]), ([d[0], d[0]], [d[0]])]
+    for refusal in (
+        *[C.low_rank_products([a], *form, True, False) for form in forms],
+        *[C.low_rank_update_([a], *form, c, False) for form in forms],
+        *[C.low_rank_step_products([a], [g], [], [], *form, 0.0, 0.0, False) for form in forms],
+        *[C.low_rank_step_update_([a], [g], [], [], *form, c, step, 0.0, 0.0, False) for form in forms],
+        *[C.low_rank_gram(*form, sigma, [[g]], False) for form in forms],
+        *[C.low_rank_compress_(*form, sigma, [[g]], mix, False) for form in forms],
+        *[C.low_rank_step_update_([a], [g], *two, d, q, c, step, 0.5, 0.5, False) for two in step_lists],
+        *[C.low_rank_step_products([a], [g], *two, d, q, 0.5, 0.5, False) for two in step_lists],
+        *[C.low_rank_step_products([a], [g], [], [], d, q, n, 0.0, False) for n in numbers],
+        *[C.low_rank_step_products([a], [g], [], [], d, q, 0.0, n, False) for n in numbers],
+        C.low_rank_step_update_([a], [g], [d[0].clone()], [], d, q, c, step, 0.0, 0.0, False),
+        C.low_rank_step_update_([a], [g], [], [d[0].clone()], d, q, c, step, 0.0, 0.0, False),
+        C.low_rank_step_update_([a], [a], [], [], d, q, c, step, 0.0, 0.0, False),
+        C.low_rank_step_update_([a], [g], [a], [], d, q, c, step, 0.5, 0.0, False),
+        C.low_rank_step_update_([a], [g], [d[0]], [], d, q, c, step, 0.5, 0.0, False),
+        C.low_rank_step_update_([a], [g], [], [], d, q, c, torch.ones(2, dtype=torch.float64), 0.0, 0.0, False),
+        C.low_rank_step_update_([a], [g], [], [], d, q, c, torch.ones(()), 0.0, 0.0, False),
+        C.low_rank_update_([d[0]], d, q, c, False),
+        C.low_rank_update_([q[0][1]], d, q, c, False),
+        C.low_rank_update_([a], d, q, c[:1], False),
+        C.low_rank_update_([a], d, q, c.float(), False),
+        C.low_rank_update_([a, g], d, q, c, False),
+        C.low_rank_gram(d, q, sigma, [], False),
+        C.low_rank_gram(d, q, sigma, [[g]] * 255, False),
+        C.low_rank_gram(d, q, sigma[:1], [[g]], False),
+        C.low_rank_compress_(d, q, sigma, [[g]], mix[:2], False),
+        C.low_rank_compress_(d, q, sigma, [d], mix, False),
+        C.low_rank_compress_(d, q, sigma, [[g[:2]]], mix, False),
+        C.low_rank_rotate_(q, mix, False),
+        C.low_rank_rotate_([q[0], q[0]], mix[:2, :2].contiguous(), False),
+        C.low_rank_rotate_([q[0], torch.ones(3, 4)], mix[:2, :2].contiguous(), False),
+    ):
+        assert isinstance(refusal, str)
+    assert [raw(t) for t in (a, g, *d, *q, sigma)] == before
 
 
 def test_copy_on_write_leaves_the_original_alone() -> None:

@@ -215,6 +215,12 @@ struct OptimizerArguments {
   }
 };
 
+// Lists: params, grads, momenta, anchors, diagonal, basis.
+LowRankStep low_rank_step(const std::vector<Operands>& lists, double momentum, double strength) {
+  const std::vector<Views> v = lists_of(lists);
+  return {v.at(0), v.at(1), v.at(2), v.at(3), v.at(4), v.at(5), momentum, strength};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_fastcl_numpy, m) {
@@ -401,6 +407,44 @@ PYBIND11_MODULE(_fastcl_numpy, m) {
     const OptimizerInputs inputs = a.inputs();
     const Views r = views(reference);
     return returned({2}, [&](double* out) { cpu::transformed_dot(inputs, r, out, pool()); });
+  });
+  m.def("low_rank_products", [](const Operands& vectors, const Operands& diagonal, const Operands& basis, bool inverse) {
+    const Views x = views(vectors), d = views(diagonal), b = views(basis);
+    return returned({b[0].shape[0] + 1}, [&](double* out) { cpu::low_rank_products(x, d, b, inverse, out, pool()); });
+  });
+  m.def("low_rank_update_",
+        [](const Operands& grads, const Operands& diagonal, const Operands& basis, const std::vector<double>& coefficients) {
+          const Views g = views(grads), d = views(diagonal), b = views(basis);
+          py::gil_scoped_release release;
+          cpu::low_rank_update_(g, d, b, coefficients.data(), pool());
+        });
+  m.def("low_rank_step_products", [](const std::vector<Operands>& lists, double momentum, double strength) {
+    const LowRankStep step = low_rank_step(lists, momentum, strength);
+    return returned({2 * step.basis[0].shape[0] + 3}, [&](double* out) { cpu::low_rank_step_products(step, out, pool()); });
+  });
+  m.def("low_rank_step_update_",
+        [](const std::vector<Operands>& lists, const std::vector<double>& coefficients, double size, double momentum, double strength) {
+          const LowRankStep step = low_rank_step(lists, momentum, strength);
+          py::gil_scoped_release release;
+          cpu::low_rank_step_update_(step, coefficients.data(), size, pool());
+        });
+  m.def("low_rank_gram",
+        [](const Operands& diagonal, const Operands& basis, const std::vector<double>& sigma, const std::vector<Operands>& vectors) {
+          const Views d = views(diagonal), b = views(basis);
+          const std::vector<Views> v = lists_of(vectors);
+          const auto rows = py::ssize_t(sigma.size() + v.size());
+          return returned({rows, rows}, [&](double* out) { cpu::low_rank_gram(d, b, sigma.data(), v, out, pool()); });
+        });
+  m.def("low_rank_compress_", [](const Operands& diagonal, const Operands& basis, const std::vector<double>& sigma,
+                                 const std::vector<Operands>& vectors, const py::array_t<double, py::array::c_style>& mix) {
+    const Views d = views(diagonal), b = views(basis);
+    const std::vector<Views> v = lists_of(vectors);
+    const auto rows = py::ssize_t(sigma.size());
+    return returned({rows, rows}, [&](double* out) { cpu::low_rank_compress_(d, b, sigma.data(), v, mix.data(), out, pool()); });
+  });
+  m.def("low_rank_rotate_", [](const Operands& basis, const py::array_t<double, py::array::c_style>& mix) {
+    const Views b = views(basis);
+    return returned({mix.shape(0), mix.shape(0)}, [&](double* out) { cpu::low_rank_rotate_(b, mix.data(), out, pool()); });
   });
   m.def("kept", [](double keep, uint64_t seed, uint64_t element, uint32_t tensor, uint32_t step) {
     return ChildDraw::make(keep, seed).kept(element, tensor, step);
