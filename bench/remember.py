@@ -5,8 +5,8 @@ Two steps, each of which writes a file into docs/remember::
     python -m bench.remember --tune     # settings.json: every candidate on seeds 1000 and 1001, measured on held-out training images
     python -m bench.remember            # results.json: the chosen ones on seeds 0 to 4, measured on the test images
 
-A method's hyper-parameter is chosen for each stream by the largest mean ACC; the first of equals; a run that diverges counts as 0. What does
-not differ between methods: the network, plain gradient descent without momentum, learning rate, batches and their order, epochs. naive and
+A method's hyper-parameter is chosen per stream by the largest mean ACC, the first of equals; a run that diverges counts as 0. What does
+not differ between methods: the network, gradient descent without momentum, learning rate, batches and their order, epochs. naive and
 joint have the learning rate as their hyper-parameter, so that no method wins by a learning rate that suits it alone. With ``--quick``
 (one epoch, one seed) and other narrowed runs nothing is written unless ``--out`` names a folder. ``python -m bench.report`` makes the
 README's section of it.
@@ -121,7 +121,14 @@ def measure(tuned: Mapping[str, Any], seeds: Sequence[int], names: Sequence[str]
         for (stream, scenario, name), results in found.items()
     ]
     facts = machine.facts("cpu") | {"threads": 1}
-    return {"format": 1, "machine": facts, "settings": tuned["settings"], "tuning_seeds": tuned["seeds"], "seeds": list(seeds), "rows": rows}
+    return {
+        "format": 1,
+        "machine": facts,
+        "settings": tuned["settings"],
+        "tuning_seeds": tuned["seeds"],
+        "seeds": list(seeds),
+        "rows": rows,
+    }
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

@@ -57,7 +57,7 @@ def section(result: Mapping[str, Any]) -> str:
     layers = "-".join(["64", *[str(c["width"])] * c["depth"], "10"])
     parts = [
         f"{m['cpu']}, one thread; torch {m['torch']}, fastcl {m['fastcl']} ({m['backend']}); {m['date']}. MLP {layers} (with a head of two "
-        f"classes for each task in the task-incremental stream), learning rate {c['lr']} unless it is what was tuned, no momentum, batches of "
+        f"classes for each task in the task-incremental stream), learning rate {c['lr']} unless it was tuned, no momentum, batches of "
         f"{c['batch_size']}, {c['epochs']} epochs a task. One hyper-parameter each, chosen for each stream on seeds "
         f"{', '.join(map(str, result['tuning_seeds']))} by held-out training images; here are test images, seeds "
         f"{result['seeds'][0]} to {result['seeds'][-1]}, mean ± standard deviation, in %."

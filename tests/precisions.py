@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ def mlp(dtype: torch.dtype = F64, sizes: Sequence[int] = (5, 7, 4)) -> nn.Sequen
     """Linear layers, the last without a bias; the same weights at every call."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for n, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for n, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b, bias=n < len(sizes) - 2), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).to(dtype)
 

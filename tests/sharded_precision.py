@@ -262,7 +262,7 @@ def methods_see_all_ranks_data(world: int) -> None:
             method = train(model, name, rank, world)
             inner = model.module if isinstance(model, DistributedDataParallel) else model
             for (n, p), q in zip(inner.named_parameters(), single.parameters(), strict=True):
-                torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-8, atol=1e-9, msg=lambda m, n=n: f"{name} {n}: {m}")
+                torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-8, atol=1e-9, msg=lambda m, at=(name, n): f"{at}: {m}")
             if name != "ncl diagonal":
                 for layer, pair in method.precision.factors.items():
                     for mine, theirs in zip(pair, expected.precision.factors[layer], strict=True):

@@ -466,5 +466,5 @@ def test_bad_states_change_nothing(kind):
             method.load_state_dict(bad)
         assert same(everything(model, method), before)
     if kind == "owm":
-        with pytest.raises(ValueError, match="alpha=0.3, this object has 0.2"):
+        with pytest.raises(ValueError, match=r"alpha=0\.3, this object has 0\.2"):
             OWM(mlp(), alpha=0.2).load_state_dict(state)

@@ -73,7 +73,9 @@ class Config:
     tasks: int = _setting("number of tasks; by default the stream's", _whole(1, 10_000))
     epochs: int = _setting("passes over each task's data", _whole(1), 20)
     batch_size: int = _setting("samples in a batch", _whole(1), 32)
-    lr: float = _setting("learning rate of plain SGD; ncl and owm: of their own steps, which on the first task are the same", _ABOVE_0, 0.05)
+    lr: float = _setting(
+        "learning rate of plain SGD; ncl and owm: of their own steps, which on the first task are the same", _ABOVE_0, 0.05
+    )
     width: int = _setting("units of a hidden layer", _whole(1, 65536), 256)
     depth: int = _setting("hidden layers", _whole(1, 100), 2)
     seeds: int = _setting("number of seeds, each a training of its own", _whole(1), 1)
@@ -102,7 +104,8 @@ class Config:
     alpha: float | None = _option("what the mean square of the inputs is compared with: the smaller, the less may change", _ABOVE_0)
     momentum: float | None = _option("of the method's own optimizer; 0.9 makes steps ten times as long in the end", _BELOW_1)
     radius: float | None = _option(
-        "the longest step, in the norm of the precision; none for no bound", ("a finite number above 0", lambda v: v is None or _ABOVE_0[1](v))
+        "the longest step, in the norm of the precision; none for no bound",
+        ("a finite number above 0", lambda v: v is None or _ABOVE_0[1](v)),
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What methods with a precision share: the Fisher information of a task that has ended becomes part of it, and the state is the precision's."""
+"""What methods with a precision share: a task that has ended becomes part of it, and their state is the precision's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ class Laplace(Method):
     """A method whose memory of the past is one Gaussian, ``N(mu, Lambda^-1)``: it is built on a precision and takes in tasks."""
 
     def __init__(
-        self, model: nn.Module, precision: Precision, fisher: str, rule: str, weight: float, forward: Forward | None, train_mode: bool, seed: int
+        self,
+        model: nn.Module,
+        precision: Precision,
+        fisher: str,
+        rule: str,
+        weight: float,
+        forward: Forward | None,
+        train_mode: bool,
+        seed: int,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -49,7 +57,7 @@ class Laplace(Method):
         return self._precision
 
     def end_task(self, loader: Iterable[tuple[Any, Any]]) -> None:
-        """Take in the task that has just been trained: ``Lambda <- Lambda + weight F`` by the rule, then ``mu`` is where the parameters are.
+        """Take in the task that was just trained: ``Lambda <- Lambda + weight F`` by the rule, then ``mu`` is where the parameters are.
 
         One pass over the data, a forward and a backward for each batch (with ``fisher="exact"`` one for each class). Parameters, ``.grad``,
         buffers and every module's mode are afterwards as they were. An exception before the merge, the loader's included, leaves this

@@ -28,7 +28,7 @@ class KFAC_EWC(Laplace):
         strength / 2 (W - mu)^T Lambda (W - mu)
         g <- g + strength Lambda (W - mu)          for a layer: G (W - mu) A
 
-    It is the objective of :class:`NCL`, minimised by any optimizer, without the division by ``Lambda``. ``strength = 1`` is Bayes' rule; the
+    It is :class:`NCL`'s objective, minimised by any optimizer, without the division by ``Lambda``. ``strength = 1`` is Bayes' rule; the
     paper tunes it. The first task is not touched: the prior counts from the second one on, as part of ``Lambda``.
 
     Example::

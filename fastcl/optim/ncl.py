@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from fastcl import _distributed
 from fastcl.ops import _checks, _sharded
 from fastcl.optim import _saved
 from fastcl.optim._numbers import check_gradients, check_numbers, device_lr
@@ -36,7 +37,7 @@ class NCL(torch.optim.Optimizer):
         W <- W - s V          s = lr / n_data, or min(lr / n_data, radius / sqrt(V^T Lambda V))
 
     ``g`` is the gradient of the mean loss. On the first task, where ``Lambda = I / n_data`` and ``mu = 0``, this is
-    ``torch.optim.SGD(params, lr, momentum, weight_decay=strength / n_data)`` up to rounding. Later, directions that earlier tasks have fixed
+    ``torch.optim.SGD(params, lr, momentum, weight_decay=strength / n_data)`` up to rounding. Later, directions that earlier tasks fixed
     are scaled down by their precision, and all others are free. The paper has a learning rate alone; ``radius`` is an addition: no step is
     then longer than ``radius`` in the norm ``sqrt(x^T Lambda x)`` that the precision measures.
 
@@ -47,7 +48,7 @@ class NCL(torch.optim.Optimizer):
 
     State is float64 for float64 parameters, else float32. Gradients that are None leave their layer alone; where only one of weight and
     bias has one, the other's counts as 0. A NaN or Inf in a gradient makes its layer's parameters NaN, with ``radius`` or a learning rate
-    that is a tensor those of every layer that has a gradient, as the norm is NaN then: use a GradScaler, or look at the loss, where that may
+    that is a tensor those of every layer that has a gradient, as the norm is NaN then: use a GradScaler, or look at the loss, where it may
     happen. ``state_dict`` holds momenta, pulls and counters, not the precision, which has a ``state_dict`` of its own: load that first.
 
     Args:
@@ -100,7 +101,7 @@ class NCL(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(precision, Precision):
             raise TypeError(f"precision must be one of fastcl's, such as KroneckerPrecision; got {type(precision).__name__}")
-        if _inner(precision.model) is not _inner(model):
+        if _distributed.unwrapped(precision.model) is not _distributed.unwrapped(model):
             raise ValueError("precision is that of another model; build it from the model that is given here")
         self._precision = precision
         self._seen: int | None = None  # the precision's version that momenta and pulls belong to
@@ -277,13 +278,6 @@ def _check(rows: list[_Row]) -> None:
             _sharded.check_matching("grads", found, "params", params, one_element=False)
             params, found = _sharded.shards(params), _sharded.shards(found)
         check_gradients(params, found)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel wraps, or the model itself."""
-    wrapped = isinstance(model, nn.Module) and type(model).__name__ == "DistributedDataParallel"
-    inner: nn.Module = model.module if wrapped else model
-    return inner
 
 
 @_disable_dynamo

@@ -1,7 +1,7 @@
-"""Blocks over DTensors, as fully_shard makes them of parameters: state is sharded like its parameter, Lambda and mu are whole on every rank.
+"""Blocks over DTensors, as fully_shard makes them of parameters: state is sharded like them, Lambda and mu are whole on every rank.
 
-Sums and products that fall on one element are computed by the rank that holds it, one rounding at a time; a layer's solve is computed by every
-rank from the whole M, so that the result has the same bits for any number of ranks.
+What falls on one element is computed by the rank that holds it, one rounding at a time; a layer's solve is computed by every rank, from
+the whole M, so that the result has the same bits for any number of ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ShardedKroneckerBlock(KroneckerBlock):
             if any(name not in s for s in own for name in (MOMENTUM, PULL)):
                 fresh.append(f)
                 for p, state in zip(f.params(), own, strict=True):
-                    state |= {name: _zeros(p, f.dtype) for name in (MOMENTUM, PULL)}
+                    state.update({name: _zeros(p, f.dtype) for name in (MOMENTUM, PULL)})
         self._pull(states, fresh)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class ShardedKroneckerBlock(KroneckerBlock):
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """Two gathers a layer: of the weight's M and the bias's."""
         for f, own_grads, own in self._live(grads, states):
-            V, _ = _direction(f, own_grads, own, momentum, strength, norm=False)
+            _, V = _direction(f, own_grads, own, momentum, strength)
             _move(f, own, [part for (_, part), _ in _pairs(f, V, [s[MOMENTUM] for s in own])], lr)
 
     @torch.no_grad()
@@ -78,9 +78,9 @@ class ShardedKroneckerBlock(KroneckerBlock):
         total = torch.zeros((), dtype=torch.float64, device=self.layers[0].anchor.device)
         kept: list[tuple[Factors, Sequence[State], list[Tensor]]] = []
         for f, own_grads, own in self._live(grads, states):
-            V, square = _direction(f, own_grads, own, momentum, strength, norm=True)
+            M, V = _direction(f, own_grads, own, momentum, strength)
             kept.append((f, own, [part.clone() for (_, part), _ in _pairs(f, V, [s[MOMENTUM] for s in own])]))
-            total = total + square
+            total = total + (M.double() * V.double()).sum()
         self._shards = kept
         return total
 
@@ -106,21 +106,20 @@ class ShardedKroneckerBlock(KroneckerBlock):
 
 
 def _direction(
-    f: Factors, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float, *, norm: bool
-) -> tuple[Tensor, Tensor | None]:
-    """M <- momentum M + g + strength H on this rank's shards; V = Lambda^-1 M whole, and <M, V>."""
+    f: Factors, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float
+) -> tuple[Tensor, Tensor]:
+    """M <- momentum M + g + strength H on this rank's shards; the whole M and V = Lambda^-1 M."""
     for g, state in zip(grads, states, strict=True):
         M, H = _sharded.shards([state[MOMENTUM], state[PULL]])
         # Each operation rounds once: multiplied and added in one, elements would depend on where in a shard they lie.
         M.mul_(momentum).add_(H * strength)
         if g is not None:
             M.add_(_sharded.shards([g])[0])
-    V = padded(f.rows, f.columns, f.dtype, f.anchor.device)
-    for part, state in zip(parts(V, f.shapes), states, strict=True):
+    gathered, V = padded(f.rows, f.columns, f.dtype, f.anchor.device), padded(f.rows, f.columns, f.dtype, f.anchor.device)
+    for part, state in zip(parts(gathered, f.shapes), states, strict=True):
         part.copy_(_distributed.whole(state[MOMENTUM]))
-    M = V.clone() if norm else V
-    _solve([f], [V])
-    return V, (M.double() * V.double()).sum() if norm else None
+    _solve([f], [V.copy_(gathered)])
+    return gathered, V
 
 
 def _move(f: Factors, states: Sequence[State], V: Sequence[Tensor], step: float | Tensor) -> None:
