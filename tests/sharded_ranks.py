@@ -16,6 +16,7 @@ import numpy
 import pytest
 import sharded_low_rank
 import sharded_optimizers
+import sharded_precision
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -976,7 +977,7 @@ def bit_mask_errors(world: int) -> None:
     assert placed != across
 
 
-CHECKS |= sharded_optimizers.CHECKS
+CHECKS |= sharded_optimizers.CHECKS | sharded_precision.CHECKS
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
 from fastcl.precision._factors import Damping
-from fastcl.precision._low_rank_block import LowRankBlock
+from fastcl.precision._sharded_blocks import diagonal_block
 from fastcl.precision._statistics import Sums
 
 
@@ -37,7 +37,7 @@ class DiagonalPrecision(Precision):
 
     def __init__(self, model: nn.Module, n_data: float) -> None:
         super().__init__(model, n_data, ())
-        self._block = LowRankBlock(self._slots, 1 / self._n_data)
+        self._block = diagonal_block(self._slots, 1 / self._n_data)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

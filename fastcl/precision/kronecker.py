@@ -15,8 +15,7 @@ from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
 from fastcl.precision._factors import Damping, Factors, Matrices, Pair, prepare
-from fastcl.precision._kronecker_block import KroneckerBlock
-from fastcl.precision._low_rank_block import LowRankBlock
+from fastcl.precision._sharded_blocks import diagonal_block, kronecker_block
 from fastcl.precision._statistics import Sums
 
 FAILURES = 3  # in a row
@@ -52,9 +51,9 @@ class KroneckerPrecision(Precision):
     def __init__(self, model: nn.Module, n_data: float, *, layers: Sequence[str] | None = None) -> None:
         super().__init__(model, n_data, layers)
         self._factors = [Factors(layer, self._n_data**-0.5) for layer in self._layout.layers]
-        self._kronecker = KroneckerBlock(self._factors) if self._factors else None
+        self._kronecker = kronecker_block(self._factors) if self._factors else None
         slots = [d.slot for d in self._layout.diagonal]
-        self._diagonal = LowRankBlock(slots, 1 / self._n_data) if slots else None
+        self._diagonal = diagonal_block(slots, 1 / self._n_data) if slots else None
         found: tuple[Block | None, ...] = (self._kronecker, self._diagonal)
         self._blocks = tuple(block for block in found if block is not None)
 
