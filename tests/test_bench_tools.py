@@ -56,7 +56,7 @@ def result(*records: dict, name: str = "cpu") -> dict:
     }
     mask = {**provider(10.0), "overhead_percent": {"median": 1.5, "low": 1.0, "high": 2.0}, "peak_bytes_over_none": 0}
     step = {"model": "MLP", "parameters": 10_000_000, "rounds": 5, "method": "SPG's mask", "variants": {"none": mask, "fastcl": mask}}
-    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "optimizers": [], "steps": [step]}
+    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "optimizers": [], "precision": [], "steps": [step]}
 
 
 GPT = record("soft_mask_", "gpt2-small", "fp32", official=90.0, eager=70.0, foreach=50.0, compile=35.0, fastcl=34.0, yardstick=33.0)
