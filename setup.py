@@ -19,7 +19,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
 # Where results are held to a tolerance and not to bits, multiply-adds may fuse.
-CONTRACTED = {"importance_spg.cpp", "projection.cpp"}
+CONTRACTED = {
+    "importance_spg.cpp",
+    "kronecker.cpp",
+    "kronecker_rows.cpp",
+    "kronecker_tiles.cpp",
+    "low_rank.cpp",
+    "low_rank_append.cpp",
+    "projection.cpp",
+}
 # The oldest GPU that nvcc 13 still builds comfortably for, Hopper, and PTX for everything newer.
 CUDA_ARCHITECTURES = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
 NVCC_FLAGS = f"-std=c++17 -O3 -fmad=false -Xptxas -v {CUDA_ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden"
@@ -77,7 +85,7 @@ def find_tools() -> tuple[dict[str, str], dict[str, str]]:
 def ninja_file(tools: dict[str, str], targets: dict[str, Path]) -> str:
     include = f"-I{ROOT / 'csrc'} -isystem {tools['pybind11']} -isystem {sysconfig.get_path('include')}"
     lines = [RULES, f"cxx = {tools['cxx']}", f"nvcc = {tools['nvcc']} -ccbin {tools['cxx'].split()[0]}"]
-    shared = [ROOT / "csrc/bind" / name for name in ("gate.cpp", "gated_optimizers.cpp", "torch_runtime.cpp")]
+    shared = [ROOT / "csrc/bind" / name for name in ("gate.cpp", "gated_kronecker.cpp", "gated_optimizers.cpp", "torch_runtime.cpp")]
     sources = {
         "_C": [*shared, ROOT / "csrc/bind/module_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))],
         "_C_cuda": [*shared, ROOT / "csrc/bind/module_cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))],

@@ -25,7 +25,7 @@ ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 NATIVE = {"cpp": "_C", "cuda": "_C_cuda"}
 # One row per op: the family (file stem) that holds it. fastcl.ops registers the rows.
 FAMILIES: dict[str, str] = {}
-# Parts of ops, which lists sharded over processes need one by one.
+# Parts of ops: those that lists sharded over processes need one by one, and those that ops which call the vendor's libraries are made of.
 STAGES = {
     "spg_moments": "importance",
     "spg_update_": "importance",
@@ -37,6 +37,20 @@ STAGES = {
     "fisher_squares": "importance",
     "fisher_update_": "importance",
     "child_mask_at_": "child_mask",
+    "kron_small_": "kronecker",
+    "kron_small_quadratic": "kronecker",
+    "ncl_small_step_": "kronecker",
+    "ncl_small_direction_": "kronecker",
+    "ncl_momentum_": "kronecker",
+    "ncl_direction_": "kronecker",
+    "ncl_apply_": "kronecker",
+    "low_rank_products": "low_rank",
+    "low_rank_update_": "low_rank",
+    "low_rank_step_products": "low_rank",
+    "low_rank_step_update_": "low_rank",
+    "low_rank_gram": "low_rank",
+    "low_rank_compress_": "low_rank",
+    "low_rank_rotate_": "low_rank",
 }
 
 

@@ -206,7 +206,7 @@ def test_ranks_draw_labels_of_their_own():
 
 
 def test_shards_of_unknown_kinds_are_refused():
-    from fastcl.methods import _distributed
+    from fastcl import _distributed
 
     model = wrapped("one process")
     slots = EWC(model)._slots

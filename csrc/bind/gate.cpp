@@ -20,9 +20,11 @@ DType dtype_of(dlpack::DataType t) {
 
 Device device_of(dlpack::Device d) { return d.type == dlpack::kCPU ? Device::cpu : d.type == dlpack::kCUDA ? Device::cuda : Device::other; }
 
-// The strides of a freshly made tensor of more than one element, also where a size is 1. Views of complex memory, the only ones that can be
-// lazily negated, never have them (their innermost stride is 2) unless as_strided is told to make them up.
-bool has_default_strides(const View& v) {
+// The strides of a freshly made tensor of more than one element, also where a size is 1, or rows without gaps between their elements. Views
+// of complex memory, the only ones that can be lazily negated, never have them (all their strides are even) unless as_strided is told to
+// make them up.
+bool has_real_strides(const View& v) {
+  if (v.ndim == 2 && v.shape[1] > 1 && v.strides[1] == 1) return true;
   int64_t expected = 1, elements = 1;
   for (int d = v.ndim - 1; d >= 0; --d) {
     if (v.strides[d] != expected) return false;
@@ -82,7 +84,7 @@ const char* Gate::view_of(PyObject* object, Access access, Dtypes dtypes, View& 
   if ((reinterpret_cast<uintptr_t>(out.data) & uintptr_t(size_of(out.dtype) - 1)) != 0) return "is not aligned to its elements";
   if (grad_mode_ && access == Access::writes && truth(torch.requires_grad->get(object, torch.requires_grad->closure)) != 0)
     return "requires grad";
-  if (!has_default_strides(out) && truth(PyObject_CallMethodNoArgs(object, is_neg)) != 0) return "is lazily negated";
+  if (!has_real_strides(out) && truth(PyObject_CallMethodNoArgs(object, is_neg)) != 0) return "is lazily negated";
   return nullptr;
 }
 

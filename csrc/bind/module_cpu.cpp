@@ -6,6 +6,7 @@
 #include "bind/gated_bit_mask.h"
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
+#include "bind/gated_kronecker.h"
 #include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
@@ -74,6 +75,24 @@ struct Cpu {
     cpu::radix_counts(tensors, prefixes, level, wide, counts, pool);
   }
   void quantile(const Views& tensors, double q, double* out) { *out = cpu::quantile(tensors, q, pool); }
+  void kron_small_(const Views& w, const Views& b, const Views& a, const Views& g) { cpu::kron_small_(w, b, a, g, pool); }
+  void kron_small_quadratic(const Views& w, const Views& b, const Views& a, const Views& g, double* out) {
+    *out = cpu::kron_small_quadratic(w, b, a, g, pool);
+  }
+  void ncl_small_step_(const Views& w, const Views& b, const Views& wg, const Views& bg, const Views& m, const Views& h, const Views& a,
+                       const Views& g, double lr, double momentum, double strength) {
+    cpu::ncl_small_step_(w, b, wg, bg, m, h, a, g, lr, momentum, strength, pool);
+  }
+  void ncl_small_direction_(const Views& m, const Views& v, const Views& wg, const Views& bg, const Views& h, const Views& a,
+                            const Views& g, double momentum, double strength, double* products) {
+    cpu::ncl_small_direction_(m, v, wg, bg, h, a, g, momentum, strength, products, pool);
+  }
+  void ncl_momentum_(const Views& m, const Views& h, const Views& wg, const Views& bg, double momentum, double strength, const double* lr) {
+    cpu::ncl_momentum_(m, h, wg, bg, momentum, strength, lr, pool);
+  }
+  void ncl_apply_(const Views& w, const Views& b, const Views& h, const Views& v, const Views& m, const double* step) {
+    cpu::ncl_apply_(w, b, h, v, m, step, pool);
+  }
   void yardstick_(const Views& written, const Views& read) { cpu::yardstick_(written, read, pool); }
 };
 
@@ -112,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
   define_optimizers<Cpu>(m);
   define_bit_mask<Cpu>(m);
   define_quantile<Cpu>(m);
+  define_kronecker<Cpu>(m);
   m.def("quantile", &GatedQuantile<Cpu>::quantile, py::arg("tensors"), py::arg("q"), py::arg("grad_mode"));
   m.def("yardstick_", &Gated<Cpu>::yardstick_, py::arg("written"), py::arg("read"),
         "written ^= read on uint8 tensors: the same bytes, no arithmetic");

@@ -71,6 +71,25 @@ void radix_counts(const Views& tensors, const int64_t* prefixes, int level, bool
 // As quantile, by radix_counts alone: what quantile does where a sample misleads it.
 double quantile_by_counts(const Views& tensors, double q, const Pool& pool);
 
+// Layers of a Kronecker-factored precision: X = [W | b], a bias of no element where there is none; A on the side of the inputs, G of the
+// outputs. m, h and v are matrices of the factors' dtype with rows of unit stride.
+// X <- G X A, of layers of at most kSmallRows x kSmallColumns.
+void kron_small_(const Views& weights, const Views& biases, const Views& a, const Views& g, const Pool& pool);
+// sum <X, G X A>
+double kron_small_quadratic(const Views& weights, const Views& biases, const Views& a, const Views& g, const Pool& pool);
+// m <- momentum m + grad + strength h, v = G m A, X <- X - lr v, h <- h - lr m; a and g are the inverse factors.
+void ncl_small_step_(const Views& weights, const Views& biases, const Views& weight_grads, const Views& bias_grads, const Views& m,
+                     const Views& h, const Views& a, const Views& g, double lr, double momentum, double strength, const Pool& pool);
+// m and v of the same; products: <m, v> of each layer.
+void ncl_small_direction_(const Views& m, const Views& v, const Views& weight_grads, const Views& bias_grads, const Views& h,
+                          const Views& a, const Views& g, double momentum, double strength, double* products, const Pool& pool);
+// Layers of any size: m <- momentum m + grad + strength h; with a learning rate, h <- h - lr m.
+void ncl_momentum_(const Views& m, const Views& h, const Views& weight_grads, const Views& bias_grads, double momentum, double strength,
+                   const double* lr, const Pool& pool);
+// X <- X - step v, h <- h - step m.
+void ncl_apply_(const Views& weights, const Views& biases, const Views& h, const Views& v, const Views& m, const double* step,
+                const Pool& pool);
+
 // What benchmarks compare with: the same bytes, and nothing computed. written ^= read, word by word; and a sweep that only reads.
 void yardstick_(const Views& written, const Views& read, const Pool& pool);
 uint64_t yardstick_read(const Views& read, const Pool& pool);

@@ -32,6 +32,7 @@ def _one_of(names: Mapping[str, Any]) -> Check:
 _ABOVE_0: Check = ("a finite number above 0", lambda v: _number(v) and v > 0)
 _FROM_0: Check = ("a finite number from 0", lambda v: _number(v) and v >= 0)
 _UNIT: Check = ("a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
+_BELOW_1: Check = ("a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
 _FLAG: Check = ("true or false", lambda v: isinstance(v, bool))
 
 
@@ -72,7 +73,7 @@ class Config:
     tasks: int = _setting("number of tasks; by default the stream's", _whole(1, 10_000))
     epochs: int = _setting("passes over each task's data", _whole(1), 20)
     batch_size: int = _setting("samples in a batch", _whole(1), 32)
-    lr: float = _setting("learning rate of plain SGD", _ABOVE_0, 0.05)
+    lr: float = _setting("learning rate of plain SGD; ncl and owm: of their own steps, which on the first task are the same", _ABOVE_0, 0.05)
     width: int = _setting("units of a hidden layer", _whole(1, 65536), 256)
     depth: int = _setting("hidden layers", _whole(1, 100), 2)
     seeds: int = _setting("number of seeds, each a training of its own", _whole(1), 1)
@@ -88,13 +89,20 @@ class Config:
     buffer: int | None = _option("samples kept in memory", _whole(1))
     keep: str | None = _option("how the memory is shared out: the same number per task, per class, or a reservoir", _one_of(KEEP))
     memory_batch: int | None = _option("samples of a memory batch; gem takes one per past task, 0: all that it has", _whole(0))
-    weight: float | None = _option("factor of the memory's loss", _ABOVE_0)
+    weight: float | None = _option("replay: factor of the memory's loss; ncl: of a task's Fisher information", _ABOVE_0)
     margin: float | None = _option("least coefficient of every memory in a projection", _FROM_0)
     ridge: float | None = _option("added to the diagonal of the memories' Gram matrix", _FROM_0)
-    strength: float | None = _option("spg: how much of the importance protects, from 0 to 1; ewc: of the pull, from 0", _FROM_0)
+    strength: float | None = _option(
+        "spg: how much of the importance protects, from 0 to 1; ewc, kfac-ewc, ncl: of the pull, from 0", _FROM_0
+    )
     gamma: float | None = _option("what is left of the past's Fisher information after another task; 1 fades nothing", _UNIT)
     child: float | None = _option(
         "fraction of the elements that a child network keeps", ("a number in (0, 1]", lambda v: _number(v) and 0 < v <= 1)
+    )
+    alpha: float | None = _option("what the mean square of the inputs is compared with: the smaller, the less may change", _ABOVE_0)
+    momentum: float | None = _option("of the method's own optimizer; 0.9 makes steps ten times as long in the end", _BELOW_1)
+    radius: float | None = _option(
+        "the longest step, in the norm of the precision; none for no bound", ("a finite number above 0", lambda v: v is None or _ABOVE_0[1](v))
     )
 
     def __post_init__(self) -> None:

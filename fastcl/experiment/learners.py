@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from fastcl.data import Batches, Buffer, ClassBalancedBuffer, ReservoirBuffer, TaskBalancedBuffer
 from fastcl.experiment.model import Net
-from fastcl.methods import AGEM, EWC, GEM, SPG, ChildTuning, Joint, Naive, Replay
+from fastcl.methods import AGEM, EWC, GEM, KFAC_EWC, NCL, OWM, SPG, ChildTuning, Joint, Naive, Replay
+from fastcl.precision import KroneckerPrecision
 
 if TYPE_CHECKING:
     from fastcl.experiment.config import Config
@@ -47,18 +48,26 @@ def _start_with_loss(learner: Any, loader: Batches) -> None:
     learner.start_task(loader, cross_entropy)
 
 
-class Row(NamedTuple):
-    """A method: one line of help, its settings with their defaults, how it is built from a model and a generator, how tasks end and start.
+def _sgd(learner: Any, net: Net, config: Config) -> torch.optim.Optimizer:  # noqa: ARG001 (for the methods that change gradients alone)
+    return torch.optim.SGD(net.parameters(), lr=config.lr)
 
-    ``at_once``: it trains on all tasks together, so that only the last row of the accuracy matrix exists.
+
+class Row(NamedTuple):
+    """A method: one line of help, its settings with their defaults, how it is built, how tasks end and start.
+
+    It is built from a model, the configuration and a generator and, if it counts ``per_datum``, from the number of training samples of the
+    first task. ``at_once``: it trains on all tasks together, so that only the last row of the accuracy matrix exists. ``optimizer``: by
+    default plain SGD, whatever the method.
     """
 
     description: str
     options: Mapping[str, Any]
-    build: Callable[[Net, Config, torch.Generator], Learner]
+    build: Callable[..., Learner]
     end_task: Callable[[Any, Batches], None] = _plain_end
     start_task: Callable[[Any, Batches], None] = _plain_start
     at_once: bool = False
+    per_datum: bool = False
+    optimizer: Callable[[Any, Net, Config], torch.optim.Optimizer] = _sgd
 
 
 KEEP: dict[str, type[Buffer]] = {"task": TaskBalancedBuffer, "class": ClassBalancedBuffer, "reservoir": ReservoirBuffer}
@@ -109,6 +118,26 @@ def _child_tuning(variant: str, net: Net, config: Config, generator: torch.Gener
     return ChildTuning(net, variant, keep=keep, seed=seed, competing=competing, mask_first_task=False, forward=forward)
 
 
+def _precise(kind: Callable[..., Learner], net: Net, config: Config, generator: torch.Generator, samples: int) -> Learner:
+    """The methods with a Kronecker-factored precision; the tasks of a stream have about as many samples each."""
+    forward = _with_head if len(net.heads) > 1 else None
+    own = {"strength": config.strength} if kind is KFAC_EWC else {"weight": config.weight}
+    return kind(net, KroneckerPrecision(net, samples), forward=forward, seed=_drawn(generator), **own)
+
+
+def _owm(net: Net, config: Config, generator: torch.Generator) -> Learner:  # noqa: ARG001 (OWM draws nothing)
+    return OWM(net, alpha=config.options["alpha"], forward=_with_head if len(net.heads) > 1 else None)
+
+
+def _natural(learner: NCL, net: Net, config: Config) -> torch.optim.Optimizer:  # noqa: ARG001 (the learner knows the model)
+    o = config.options
+    return learner.optimizer(config.lr, o["momentum"], o["strength"], o["radius"])
+
+
+def _orthogonal(learner: OWM, net: Net, config: Config) -> torch.optim.Optimizer:  # noqa: ARG001
+    return learner.optimizer(config.lr, config.options["momentum"])
+
+
 def _drawn(generator: torch.Generator) -> int:
     """A seed for a method that draws by numbers of its own."""
     return int(torch.randint(2**62, (), generator=generator))
@@ -132,6 +161,25 @@ METHODS: dict[str, Row] = {
         {"child": 0.3},
         functools.partial(_child_tuning, "D"),
         start_task=_start_with_loss,
+    ),
+    "kfac-ewc": Row(
+        "online structured Laplace, EWC's pull with a Kronecker-factored precision",
+        {"strength": 1.0},
+        functools.partial(_precise, KFAC_EWC),
+        per_datum=True,
+    ),
+    "owm": Row(
+        "orthogonal weights modification, steps orthogonal to the inputs of earlier tasks",
+        {"alpha": 0.1, "momentum": 0.0},
+        _owm,
+        optimizer=_orthogonal,
+    ),
+    "ncl": Row(
+        "natural continual learning, steps in the metric of what earlier tasks have fixed",
+        {"strength": 1.0, "weight": 1.0, "momentum": 0.0, "radius": None},
+        functools.partial(_precise, NCL),
+        per_datum=True,
+        optimizer=_natural,
     ),
     "joint": Row("all tasks at once, the upper bound", {}, lambda net, _, __: Joint(net), at_once=True),
 }

@@ -62,9 +62,10 @@ class Training:
         heads = len(self.tasks) if config.scenario == "task" else 1
         first = self.tasks[0]
         self.net = Net(first.train_x[0].numel(), config.width, config.depth, first.classes, heads).to(self.device)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.lr)
         self.order = generator(seed, "order of the batches")
-        self.learner = self.row.build(self.net, config, generator(seed, "memory"))
+        samples = (len(first.train_y),) if self.row.per_datum else ()
+        self.learner = self.row.build(self.net, config, generator(seed, "memory"), *samples)
+        self.optimizer = self.row.optimizer(self.learner, self.net, config)
         self.matrix = AccuracyMatrix(len(self.tasks))
         self.baseline = [self._accuracy(j) for j in range(len(self.tasks))]
         self.stages = 1 if self.row.at_once else len(self.tasks)
@@ -147,8 +148,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from such a state."""
         self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.learner.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])  # after the learner: its state may be in terms of the learner's
         self.order.set_state(state["order"].cpu())
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastcl.methods._model import Slot, some
+from fastcl._model import Slot, some
 
 
 def call(model: nn.Module, x: Any, task: int) -> Tensor:  # noqa: ARG001 (one head serves every task)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastcl import ops
-from fastcl.methods import _distributed
-from fastcl.methods._model import Slot
+from fastcl import _distributed, ops
+from fastcl._model import Slot
 from fastcl.methods._passes import Loss, _logits, _scalar, check_finite, reader, usable_batches, zeros_to_sum_into
 from fastcl.ops import _sharded
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcl.methods import _distributed
-from fastcl.methods._model import Slot
+from fastcl import _distributed
+from fastcl._model import Slot
 
 Forward = Callable[[nn.Module, Any, int], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]

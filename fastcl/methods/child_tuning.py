@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastcl import BitMask, apply_gradient_mask_, child_mask_gradients_, ops, top_fraction_mask
-from fastcl.methods import _distributed, _fisher
+from fastcl import BitMask, _distributed, apply_gradient_mask_, child_mask_gradients_, ops, top_fraction_mask
+from fastcl._model import Slot, check_unchanged, some, trainable
+from fastcl.methods import _fisher
 from fastcl.methods._arguments import checked_forward, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
-from fastcl.methods._model import Slot, check_unchanged, some, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded

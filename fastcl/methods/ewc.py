@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcl import ops
-from fastcl.methods import _distributed, _fisher
+from fastcl import _distributed, ops
+from fastcl._model import FLOATING, check_unchanged, trainable
+from fastcl.methods import _fisher
 from fastcl.methods._arguments import checked_forward, tensors_by_name, whole_below
 from fastcl.methods._memory import Scaler
-from fastcl.methods._model import FLOATING, check_unchanged, trainable
 from fastcl.methods._passes import Forward, Loss, training_passes, zeros_to_sum_into
 from fastcl.methods._state import Method
 from fastcl.ops import _sharded

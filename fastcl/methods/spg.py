@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcl import ops
-from fastcl.methods import _checkpoint, _distributed
-from fastcl.methods._model import Slot, check_unchanged, some, split
+from fastcl import _checkpoint, _distributed, ops
+from fastcl._model import Slot, check_unchanged, some, split
 from fastcl.methods._passes import Forward, Loss, sum_gradients, training_passes, zeros_to_sum_into
 from fastcl.ops._checks import STORED, unit_interval
 

@@ -3,6 +3,8 @@
 from fastcl.ops.bit_mask import bit_mask_
 from fastcl.ops.child_mask import child_mask_
 from fastcl.ops.importance import emax_, fisher_add_, spg_importance_
+from fastcl.ops.kronecker import kron_merge, kron_quadratic, kron_solve_, ncl_step_
+from fastcl.ops.low_rank import low_rank_append_, low_rank_quadratic, low_rank_solve_, low_rank_step_
 from fastcl.ops.optimizers import adamw_, sgd_
 from fastcl.ops.projection import GemInfo, ProjectionInfo, gem_project_, grad_dot, gram, project_
 from fastcl.ops.pull import ewc_pull_
@@ -21,6 +23,14 @@ __all__ = [
     "gem_project_",
     "grad_dot",
     "gram",
+    "kron_merge",
+    "kron_quadratic",
+    "kron_solve_",
+    "low_rank_append_",
+    "low_rank_quadratic",
+    "low_rank_solve_",
+    "low_rank_step_",
+    "ncl_step_",
     "project_",
     "quantile",
     "sgd_",

@@ -14,6 +14,7 @@ from fastcl.ops import _sharded
 
 if TYPE_CHECKING:
     from fastcl.optim._base import Swept
+    from fastcl.optim.ncl import NCL
 
 
 def mapping(name: str, value: object) -> dict[Any, Any]:
@@ -23,7 +24,7 @@ def mapping(name: str, value: object) -> dict[Any, Any]:
     return dict(value)
 
 
-def check(optimizer: Swept, given: Mapping[str, Any]) -> None:
+def check(optimizer: Swept | NCL, given: Mapping[str, Any]) -> None:
     """Raises TypeError or ValueError naming the key that does not fit."""
     name = type(optimizer).__name__
     for key in ("state", "param_groups"):
@@ -49,7 +50,7 @@ def check(optimizer: Swept, given: Mapping[str, Any]) -> None:
     optimizer._check_loaded({key: (by_key[key], state) for key, state in given["state"].items()})
 
 
-def _check_group(optimizer: Swept, n: int, saved: Any, count: int) -> None:
+def _check_group(optimizer: Swept | NCL, n: int, saved: Any, count: int) -> None:
     name, label = type(optimizer).__name__, f"param_groups[{n}] of the state_dict"
     mapping(label, saved)
     if "params" not in saved:
@@ -72,7 +73,7 @@ def _check_group(optimizer: Swept, n: int, saved: Any, count: int) -> None:
         raise type(error)(f"{label}: {error}") from None
 
 
-def _check_state(optimizer: Swept, key: Any, state: Mapping[str, Any], p: Tensor) -> None:
+def _check_state(optimizer: Swept | NCL, key: Any, state: Mapping[str, Any], p: Tensor) -> None:
     name = type(optimizer).__name__
     for entry, value in state.items():
         label = f"state[{key}][{entry!r}] of the state_dict"

@@ -14,6 +14,7 @@ from fastcl.optim import _load_checks
 
 if TYPE_CHECKING:
     from fastcl.optim._base import Swept
+    from fastcl.optim.ncl import NCL
 
 
 class _Held:
@@ -40,7 +41,7 @@ def _placed(own: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def load(optimizer: Swept, state_dict: Mapping[str, Any], torch_load: Callable[[dict[str, Any]], None]) -> None:
+def load(optimizer: Swept | NCL, state_dict: Mapping[str, Any], torch_load: Callable[[dict[str, Any]], None]) -> None:
     """Torch's load_state_dict, with hooks, between checks and copies."""
     given = _load_checks.mapping("state_dict", state_dict)
     hooks = optimizer._optimizer_load_state_dict_pre_hooks
@@ -66,6 +67,11 @@ def load(optimizer: Swept, state_dict: Mapping[str, Any], torch_load: Callable[[
         raise
     finally:
         optimizer._optimizer_load_state_dict_pre_hooks = hooks
+
+
+def held(value: Any) -> Any:
+    """A value of a state, whether :func:`load` holds it back or not."""
+    return value.value if isinstance(value, _Held) else value
 
 
 def unwrap(optimizer: Swept) -> None:

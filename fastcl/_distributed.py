@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcl._model import Slot
 from fastcl.gradients import capture_gradients
-from fastcl.methods._model import Slot
 from fastcl.ops import _sharded
 
 
@@ -47,11 +47,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class DataParallel(NamedTuple):
-    """The ranks whose gradients are averaged: how many, which this one is, and the sum of a number over them."""
+    """The ranks whose gradients are averaged: how many, which this one is, and the sums of a number and of a tensor over them."""
 
     size: int
     rank: int
     total: Callable[[int], int]
+    reduce: Callable[[Tensor], Tensor]
 
 
 def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
@@ -65,10 +66,11 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
     for module in model.modules():
         if isinstance(module, _class("torch.nn.parallel", "DistributedDataParallel")):
             group = module.process_group
-            return DataParallel(dist.get_world_size(group), dist.get_rank(group), functools.partial(_total, group, device))
+            total, summed = functools.partial(_total, group, device), functools.partial(_reduce, group)
+            return DataParallel(dist.get_world_size(group), dist.get_rank(group), total, summed)
     parameters = [slot.parameter() for slot in slots]
     if not _sharded.is_sharded(parameters):
-        return DataParallel(1, 0, int)
+        return DataParallel(1, 0, int, lambda t: t)
     mesh = _sharded.mesh_of(("parameters", parameters))
     for slot, p in zip(slots, parameters, strict=True):
         kinds = "".join("S" if at.is_shard() else "R" for at in getattr(p, "placements", ()))
@@ -80,13 +82,22 @@ def data_parallel(model: nn.Module, slots: Sequence[Slot]) -> DataParallel:
     rank = 0
     for size, at in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):
         rank = rank * size + at
-    return DataParallel(mesh.size(), rank, lambda count: int(_sharded.all_reduce_sum(torch.tensor(count, device=device), mesh)))
+
+    def reduce(value: Tensor) -> Tensor:
+        return _sharded.all_reduce_sum(value, mesh)
+
+    return DataParallel(mesh.size(), rank, lambda count: int(reduce(torch.tensor(count, device=device))), reduce)
 
 
 def _total(group: Any, device: torch.device, count: int) -> int:
     value = torch.tensor(count, device=device)
     torch.distributed.all_reduce(value, group=group)
     return int(value)
+
+
+def _reduce(group: Any, value: Tensor) -> Tensor:
+    torch.distributed.all_reduce(value, group=group)
+    return value
 
 
 def gradients(output: Tensor, parameters: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
@@ -116,6 +127,12 @@ def first_failing(tensors: Sequence[Tensor], holds: Callable[[Tensor], Tensor]) 
         return next((i for i, t in enumerate(tensors) if not bool(holds(t).all())), None)
     failing = torch.stack([(~holds(t)).any() for t in _sharded.local("tensors", tensors)]).double()
     return next((i for i, n in enumerate(_sharded.all_reduce_sum(failing, _sharded.mesh_of(("tensors", tensors))).tolist()) if n), None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a DTensor, gathered; a plain tensor as it is."""
+    gathered: Tensor = value.detach().full_tensor() if _sharded.is_sharded([value]) else value  # type: ignore[attr-defined]
+    return gathered
 
 
 def laid_out(value: Tensor, like: Tensor) -> bool:
