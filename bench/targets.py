@@ -138,7 +138,9 @@ def of(result: Mapping[str, Any]) -> list[Outcome]:
     return evaluate([*result["cells"], *result["optimizers"], *result["precision"]], result["steps"])
 
 
-def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS, *PRECISION)) -> list[Outcome]:
+def evaluate(
+    records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS, *PRECISION)
+) -> list[Outcome]:
     """Hold a run's cells and training steps against the targets, in their order; every target has an outcome."""
     by_cell = {(r["op"], r["size"], r["dtype"]): r for r in records} | {(s["method"], s["model"], STEP): s for s in steps}
     out = []
