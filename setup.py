@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
 # Where results are held to a tolerance and not to bits, multiply-adds may fuse.
 CONTRACTED = {
+    "gram.cpp",
     "importance_spg.cpp",
     "kronecker.cpp",
     "kronecker_rows.cpp",

@@ -7,6 +7,7 @@
 #include "bind/gated_child_mask.h"
 #include "bind/gated_fisher.h"
 #include "bind/gated_kronecker.h"
+#include "bind/gated_low_rank.h"
 #include "bind/gated_optimizers.h"
 #include "bind/gated_projection.h"
 #include "bind/gated_pull.h"
@@ -62,6 +63,24 @@ struct Cpu {
   void ewc_pull_(const Views& grads, const Views& params, const Views& precision, const Views& anchor, double strength) {
     cpu::ewc_pull_(grads, params, precision, anchor, strength, pool);
   }
+  void low_rank_products(const Views& vectors, const Views& diagonal, const Views& basis, bool inverse, double* out) {
+    cpu::low_rank_products(vectors, diagonal, basis, inverse, out, pool);
+  }
+  void low_rank_update_(const Views& grads, const Views& diagonal, const Views& basis, const double* coefficients) {
+    cpu::low_rank_update_(grads, diagonal, basis, coefficients, pool);
+  }
+  void low_rank_step_products(const LowRankStep& a, double* out) { cpu::low_rank_step_products(a, out, pool); }
+  void low_rank_step_update_(const LowRankStep& a, const double* coefficients, const double* step) {
+    cpu::low_rank_step_update_(a, coefficients, *step, pool);
+  }
+  void low_rank_gram(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors, double* products) {
+    cpu::low_rank_gram(diagonal, basis, sigma, vectors, products, pool);
+  }
+  void low_rank_compress_(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors,
+                          const double* mix, double* products) {
+    cpu::low_rank_compress_(diagonal, basis, sigma, vectors, mix, products, pool);
+  }
+  void low_rank_rotate_(const Views& basis, const double* mix, double* products) { cpu::low_rank_rotate_(basis, mix, products, pool); }
   void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule) { cpu::adamw_(inputs, rule, pool); }
   void sgd_(const OptimizerInputs& inputs, const SGDRule& rule) { cpu::sgd_(inputs, rule, pool); }
   void transformed_dot(const OptimizerInputs& inputs, const Views& reference, double* out) {
@@ -129,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
   define_fisher<Cpu>(m);
   define_pull<Cpu>(m);
   define_optimizers<Cpu>(m);
+  define_low_rank<Cpu>(m);
   define_bit_mask<Cpu>(m);
   define_quantile<Cpu>(m);
   define_kronecker<Cpu>(m);

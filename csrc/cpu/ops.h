@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/child_mask.h"
+#include "core/low_rank.h"
 #include "core/importance.h"
 #include "core/optimizers.h"
 #include "core/parallel.h"
@@ -52,6 +53,26 @@ void gem_coefficients(const double* products, int k, double margin, double ridge
 
 // grads += sum_k coefficients[k] memories[k]; nothing is read or written if all coefficients are 0.
 void combine_(const Views& grads, const std::vector<Views>& memories, const double* coefficients, const Pool& pool);
+
+// z = D^-1/2 x if inverse, else D^1/2 x. out: q_j . z, z . z; r + 1 of them. The precision's lists are contiguous and of one dtype, the
+// basis has r rows in front of each tensor's shape.
+void low_rank_products(const Views& vectors, const Views& diagonal, const Views& basis, bool inverse, double* out, const Pool& pool);
+// grads = D^-1/2 (z - sum_j coefficients_j q_j), z = D^-1/2 grads
+void low_rank_update_(const Views& grads, const Views& diagonal, const Views& basis, const double* coefficients, const Pool& pool);
+
+// u = momentum V + strength (W - mu), z = D^-1/2 g, y = D^1/2 u. out: q_j . z, q_j . y, z . z, z . y, y . y; 2 r + 3 of them.
+void low_rank_step_products(const LowRankStep& step, double* out, const Pool& pool);
+// V = u + D^-1/2 (z - sum_j coefficients_j q_j), W -= size V; V is stored with a momentum alone.
+void low_rank_step_update_(const LowRankStep& step, const double* coefficients, double size, const Pool& pool);
+
+// Products [r + K, r + K] of the rows sigma_j q_j and D^-1/2 v_k.
+void low_rank_gram(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors, double* products,
+                   const Pool& pool);
+// y' = mix^T y for these rows; D' = D (1 + sum_j>=r y'_j^2), q_j = y'_j sqrt(D / D'). products: [r, r], of the new rows.
+void low_rank_compress_(const Views& diagonal, const Views& basis, const double* sigma, const std::vector<Views>& vectors,
+                        const double* mix, double* products, const Pool& pool);
+// q' = mix^T q
+void low_rank_rotate_(const Views& basis, const double* mix, double* products, const Pool& pool);
 
 // One step in one sweep: the gradients through the transforms, then the optimizer. Nothing is written if found_inf is not 0.
 void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool);

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/dtypes.h"
+#include "cpu/gram.h"
 #include "cpu/joint.h"
 #include "cpu/ops.h"
 
@@ -16,10 +17,6 @@ constexpr int64_t kPart = 16384;
 // What is worked on at once; it stays in the first-level cache.
 constexpr int64_t kBlock = 1024;
 constexpr int kLanes = 32;
-
-// Eight doubles whatever the processor has.
-typedef double Wide __attribute__((vector_size(64)));
-constexpr int kWide = 8;
 
 template <class T>
 FASTCL_HD void widen_eight(const T* x, Wide& out) {
@@ -39,10 +36,7 @@ FASTCL_HD void widen_eight(const T* x, Wide& out) {
 struct Lanes {
   static constexpr int kCount = kLanes / kWide;
   Wide lane[kCount] = {};
-  FASTCL_HD double fold() const {
-    const Wide s = (lane[0] + lane[2]) + (lane[1] + lane[3]);
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-  }
+  FASTCL_HD double fold() const { return fold_wide((lane[0] + lane[2]) + (lane[1] + lane[3])); }
 };
 static_assert(Lanes::kCount == 4, "fold() adds four");
 
@@ -106,13 +100,6 @@ void prefetch_block(const Operand& from, int64_t begin, int64_t end) {
   for (int64_t at = begin * size; at < end * size; at += 64) __builtin_prefetch(from.data + at);
 }
 
-// Neighbours are added first, so that the error grows with the logarithm of the count.
-void add_pairwise(double* parts, int64_t count, int64_t width) {
-  for (int64_t step = 1; step < count; step *= 2)
-    for (int64_t p = 0; p + step < count; p += 2 * step)
-      for (int64_t w = 0; w < width; ++w) parts[p * width + w] += parts[(p + step) * width + w];
-}
-
 // A sum that keeps what each addition rounds away (Neumaier, 1974): many small tensors are many additions, one after the other.
 struct Sum {
   double value = 0, rest = 0;
@@ -160,45 +147,12 @@ Products dot_sweep(const Views& a, const Views& b, bool with_square, const Pool&
 
 // ---- Gram matrix
 
-// A tile of products stays in registers.
-constexpr int kTileRows = 4, kTileColumns = 2;
-constexpr int64_t kGramBlock = 256;
-// Few, so that the partial matrices stay small against the vectors.
-constexpr int64_t kGramParts = 128;
-
-constexpr int64_t triangle(int64_t row, int64_t column) { return row * (row + 1) / 2 + column; }
-
-// products[i >= j] += rows i . j of [k][kGramBlock] doubles, what is behind the data being zero.
-FASTCL_CLONES void gram_block(const double* rows, int k, double* products) {
-  for (int top = 0; top < k; top += kTileRows)
-    for (int left = 0; left <= std::min(top + kTileRows, k) - 1; left += kTileColumns) {
-      const double *a[kTileRows], *b[kTileColumns];
-      for (int r = 0; r < kTileRows; ++r) a[r] = rows + std::min(top + r, k - 1) * kGramBlock;
-      for (int c = 0; c < kTileColumns; ++c) b[c] = rows + std::min(left + c, k - 1) * kGramBlock;
-      Wide sum[kTileRows][kTileColumns] = {};
-      for (int64_t e = 0; e < kGramBlock; e += kWide) {
-        Wide x[kTileRows], y[kTileColumns];
-        for (int r = 0; r < kTileRows; ++r) memcpy(&x[r], a[r] + e, sizeof(Wide));
-        for (int c = 0; c < kTileColumns; ++c) memcpy(&y[c], b[c] + e, sizeof(Wide));
-        for (int r = 0; r < kTileRows; ++r)
-          for (int c = 0; c < kTileColumns; ++c) sum[r][c] += x[r] * y[c];
-      }
-      for (int r = 0; r < kTileRows; ++r)
-        for (int c = 0; c < kTileColumns; ++c) {
-          if (top + r >= k || left + c > top + r) continue;
-          const Wide s = sum[r][c];
-          products[triangle(top + r, left + c)] += ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-        }
-    }
-}
-
 void gram_sweep(const std::vector<const Views*>& lists, double* products, const Pool& pool) {
   const int k = int(lists.size());
   const int64_t entries = triangle(k, 0);
   int64_t total = 0;
   for (const View& v : *lists[0]) total += v.numel();
-  const int64_t part = std::max(kPart, (total / kGramParts + kGramBlock) / kGramBlock * kGramBlock);
-  const JointSweep sweep(lists, part);
+  const JointSweep sweep(lists, gram_part(total, kPart));
   std::vector<double> parts(size_t(std::max<int64_t>(sweep.parts(), 1) * entries));
   pool.each(sweep.parts(), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> rows(size_t(k) * kGramBlock);
@@ -206,7 +160,7 @@ void gram_sweep(const std::vector<const Views*>& lists, double* products, const 
       int64_t filled = 0;  // runs of small tensors are packed together
       const auto flush = [&] {
         for (int row = 0; row < k; ++row) std::fill(rows.begin() + row * kGramBlock + filled, rows.begin() + (row + 1) * kGramBlock, 0.0);
-        gram_block(rows.data(), k, parts.data() + p * entries);
+        gram_block(rows.data(), k, kGramBlock, parts.data() + p * entries);
         filled = 0;
       };
       sweep.part(p, [&](const Operand* at, const int64_t* strides, int64_t n) {
@@ -224,9 +178,7 @@ void gram_sweep(const std::vector<const Views*>& lists, double* products, const 
       if (filled > 0) flush();
     }
   });
-  add_pairwise(parts.data(), sweep.parts(), entries);
-  for (int i = 0; i < k; ++i)
-    for (int j = 0; j <= i; ++j) products[i * k + j] = products[j * k + i] = parts[size_t(triangle(i, j))];
+  unfold_gram(parts, sweep.parts(), k, products);
 }
 
 std::vector<const Views*> pointers(const std::vector<Views>& lists) {
