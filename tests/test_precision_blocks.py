@@ -214,19 +214,21 @@ def test_begin_leaves_what_is_there_and_reset_starts_anew():
 
 
 def test_the_pull_does_not_drift_in_float32():
-    """5,000 steps, with an exact one every 1,000, as the optimizer does; the last is 1,000 steps ago."""
+    """5,000 noisy steps down a parabola, with an exact pull every 1,000, as the optimizer does; the last is 1,000 steps ago."""
     model, precision = build(dtype=torch.float32)
-    states = started(precision)
+    states, targets = started(precision), gradients(model, 0)
     for n in range(5000):
-        grads = gradients(model, n)
+        noise = gradients(model, n)
         for block, own in zip(precision.blocks, states, strict=True):
             if n % 1000 == 0:
                 block.refresh(own)
-            block.step([g.float() for g in named(block, grads)], own, 1e-4, 0.9, 1.0)
+            grads = [(p.detach() - targets[name] + 0.1 * noise[name]).float() for name, p in zip(block.names, block.params, strict=True)]
+            block.step(grads, own, 1e-4, 0.9, 1.0)
     exact = precision.multiply({name: p.detach() - precision.anchor[name] for name, p in model.named_parameters()})
     for name, state in zip(precision.blocks[0].names, states[0], strict=True):
         error = (state["pull"] - exact[name]).norm() / exact[name].norm()
         assert error < 1e-5, (name, float(error))
+        assert (model.get_parameter(name) - precision.anchor[name]).norm() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -36,6 +36,9 @@ class Collection:
         self._model, self._layout, self._slots, self._statistics = model, layout, slots, statistics
         self._fisher, self._reduction = fisher, reduction
         self._parallel = _distributed.data_parallel(model, slots)
+        # fully_shard puts others in their places while a forward pass waits for its backward pass.
+        self._everything, self._params = list(model.parameters()), [slot.parameter() for slot in slots]
+        self._sharded = _sharded.is_sharded(self._params)
         device = slots[0].parameter().device
         start = int(torch.randint(2**62, ())) if seed is None else integer("seed", seed, 2**63)
         # Ranks that drew the same numbers would make their samples' gradients dependent.
@@ -65,24 +68,24 @@ class Collection:
             self._pass(loss, len(logits), last=i == len(values) - 1)
 
     def _pass(self, loss: Tensor, samples: int, last: bool) -> None:
-        params = [p for slot in self._slots if (p := slot.parameter()).requires_grad]
         self._stated = samples
         try:
-            if not _sharded.is_sharded(params):
-                torch.autograd.grad(loss, params, allow_unused=True, retain_graph=not last)
+            if not self._sharded:
+                wanted = [p for p in self._params if p.requires_grad]
+                torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=not last)
                 return
             if not last:
                 raise ValueError("fisher='exact' needs several backward passes through one graph, which fully_shard does not keep")
-            found = _distributed.gradients(loss, list(self._model.parameters()), params)
-            self._take_sharded({id(p): g for p, g in zip(params, found, strict=True)})
+            found = _distributed.gradients(loss, self._everything, self._params)
+            self._take_sharded(dict(zip([slot.name for slot in self._slots], found, strict=True)))
         finally:
             self._stated = None
 
-    def _take_sharded(self, grads: Mapping[int, Tensor | None]) -> None:
+    def _take_sharded(self, grads: Mapping[str, Tensor | None]) -> None:
         """Averages over the ranks come as DTensors; no hook has seen them. Every rank takes its share of the whole batch's squares."""
         for statistic in self._statistics:
             for index, slot in enumerate(statistic.slots):
-                grad = grads.get(id(slot.parameter()))
+                grad = grads[slot.name]
                 if grad is not None:
                     statistic.take(index, _distributed.whole(grad) * self._parallel.size**0.5)
             if statistic.slots:
@@ -164,6 +167,10 @@ class Collection:
         if fresh or not batches:
             self._samples += samples if self._stated is not None else fresh
         scale = float(samples) if self._stated is None and self._reduction == "mean" else 1.0
+        if self._sharded and self._stated is None and (names := [slot.name for statistic in self._statistics for slot in statistic.slots]):
+            raise ValueError(
+                f"the gradients of {some(names)} are sharded, and no hook sees them; use the collection's own backward(logits)"
+            )
         for statistic in self._statistics:
             statistic.close(samples, scale)
         for call in called:

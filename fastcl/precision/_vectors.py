@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl import _distributed
 from fastcl._model import Slot, some
 from fastcl.precision._layers import compute_dtype
 
@@ -25,7 +26,7 @@ def named_copies(argument: str, values: Any, slots: Sequence[Slot]) -> dict[str,
             raise TypeError(f"{argument}[{slot.name!r}] must be a tensor, got {type(t).__name__}")
         if t.shape != p.shape:
             raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
-        result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(t.detach())
+        result[slot.name] = torch.empty(t.shape, dtype=compute_dtype(p), device=t.device).copy_(_distributed.whole(t.detach()))
     return result
 
 
