@@ -36,6 +36,8 @@ TESTS = (
     "tests/test_spg.py",
     "tests/test_ewc.py",
     "tests/test_child_tuning.py",
+    "tests/test_ncl.py",
+    "tests/test_optim_ncl.py",
     "tests/test_joint.py",
     "tests/test_experiment.py",
 )

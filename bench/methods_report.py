@@ -24,6 +24,9 @@ TITLES = {
     "ewc-online": "EWC online",
     "child-tuning-f": "Child-Tuning F",
     "child-tuning-d": "Child-Tuning D",
+    "kfac-ewc": "KFAC-EWC",
+    "owm": "OWM",
+    "ncl": "NCL",
     "joint": "joint",
 }
 
@@ -70,7 +73,7 @@ def rows(s: Mapping[str, Any]) -> list[list[str]]:
         over = "-"
         if naive is not None and r["method"] != "naive":
             over = f"{100 * statistics.fmean(own / base - 1 for own, base in zip(r['seconds_per_step'], naive, strict=True)):+.0f} %"
-        own = ", ".join(f"{name} {value}" for name, value in r["options"].items())
+        own = ", ".join(f"{name} {value}" for name, value in r["options"].items() if value is not None)
         step = number(1e3 * statistics.fmean(r["seconds_per_step"]))
         out.append([TITLES.get(r["method"], r["method"]), own, _percent([acc(v) for v in values]), lost, step, over])
     return out

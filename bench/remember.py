@@ -39,7 +39,7 @@ FOLDER = machine.ROOT / "docs" / "remember"
 STREAMS = (("permuted-digits", "domain"), ("split-digits", "task"), ("split-digits", "class"))
 SETTINGS = {"epochs": 20, "batch_size": 32, "lr": 0.05, "width": 256, "depth": 2}
 SEEDS, TUNING_SEEDS = range(5), (1000, 1001)
-TESTS = ("tests/test_optim_ncl.py", "tests/test_ncl.py", "tests/test_owm.py", "tests/test_ewc.py", "tests/test_experiment.py")
+TESTS = ("tests/test_optim_ncl.py", "tests/test_ncl.py", "tests/test_ewc.py", "tests/test_experiment.py")
 
 
 class Contender(NamedTuple):

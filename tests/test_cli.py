@@ -254,16 +254,16 @@ class TestCompare:
         ]
         assert out.endswith(f"written to {tmp_path / 'c'}\n")
 
-    def test_ewc_and_child_tuning(self, capsys, runs, tmp_path) -> None:
+    def test_methods_without_a_memory(self, capsys, runs, tmp_path) -> None:
         small, folders = ["--epochs", "1", "--width", "16", "--depth", "1"], [runs / "naive"]
-        for method in ("ewc", "ewc-online", "child-tuning-f", "child-tuning-d"):
+        for method in ("ewc", "ewc-online", "child-tuning-f", "child-tuning-d", "kfac-ewc", "owm", "ncl"):
             folders.append(tmp_path / method)
             status, out, err = fastcl(capsys, "run", *small, "--method", method, "--out", folders[-1])
             assert (status, err) == (0, "")
         status, out, err = fastcl(capsys, "compare", *folders, "--out", tmp_path / "c")
         assert (status, err) == (0, "")
         table = [line for line in out.splitlines() if line.count("│") > 3]
-        assert [line.split("│")[1].strip() for line in table] == ["naive", "ewc", "ewc-online", "child-tuning-f", "child-tuning-d"]
+        assert [line.split("│")[1].strip() for line in table] == ["naive", *(folder.name for folder in folders[1:])]
 
     def test_a_glob_over_its_own_output(self, capsys, runs) -> None:
         """As `fastcl compare runs/*` called twice: the folder it wrote lies among the runs."""

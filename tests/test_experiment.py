@@ -75,7 +75,8 @@ class TestConfig:
             ({"stream": "mnist"}, "stream must be one of split-digits, permuted-digits, .*; got 'mnist'"),
             (
                 {"method": "sgd"},
-                "method must be one of naive, agem, gem, replay, spg, ewc, ewc-online, child-tuning-f, child-tuning-d, joint; got 'sgd'",
+                "method must be one of naive, agem, gem, replay, spg, ewc, ewc-online, child-tuning-f, child-tuning-d, "
+                "kfac-ewc, owm, ncl, joint; got 'sgd'",
             ),
             ({"scenario": "none"}, "scenario must be one of class, task, domain; got 'none'"),
             ({"stream": "permuted-digits", "scenario": "class"}, "scenario of permuted-digits must be one of domain, task; got 'class'"),
@@ -89,6 +90,12 @@ class TestConfig:
             ({"method": "ewc", "strength": -1}, "strength must be a finite number from 0; got -1"),
             ({"method": "ewc", "gamma": 0.5}, "gamma is no setting of the method ewc; got 0.5"),
             ({"method": "ewc-online", "gamma": 1.5}, r"gamma must be a number in \[0, 1\]; got 1.5"),
+            ({"method": "ncl", "momentum": 1.0}, r"momentum must be a number in \[0, 1\); got 1.0"),
+            ({"method": "ncl", "radius": 0.0}, "radius must be a finite number above 0; got 0.0"),
+            ({"method": "ncl", "weight": 0}, "weight must be a finite number above 0; got 0"),
+            ({"method": "owm", "alpha": math.nan}, "alpha must be a finite number above 0; got nan"),
+            ({"method": "kfac-ewc", "strength": -1}, "strength must be a finite number from 0; got -1"),
+            ({"method": "kfac-ewc", "momentum": 0.9}, "momentum is no setting of the method kfac-ewc; got 0.9"),
             ({"method": "child-tuning-f", "child": 0}, r"child must be a number in \(0, 1\]; got 0"),
             ({"method": "child-tuning-d", "child": "0.3"}, r"child must be a number in \(0, 1\]; got '0.3'"),
             ({"method": "naive", "buffer": 100}, "buffer is no setting of the method naive; got 100"),
@@ -135,8 +142,8 @@ class TestConfig:
         with pytest.raises(TypeError, match="learning_rate is no setting; the settings are stream, scenario"):
             Config.of(learning_rate=1)
         stated = Config.of().to_json()
-        with pytest.raises(ValueError, match="momentum is no setting of this version"):
-            Config.from_json(stated | {"momentum": 0.9})
+        with pytest.raises(ValueError, match="nesterov is no setting of this version"):
+            Config.from_json(stated | {"nesterov": True})
         del stated["lr"]
         with pytest.raises(ValueError, match="lr is missing"):
             Config.from_json(stated)
@@ -151,9 +158,9 @@ class TestTraining:
     @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
     @pytest.mark.parametrize("method", METHODS)
     def test_every_method_in_every_scenario(self, tmp_path, method, scenario) -> None:
-        config = small(
-            method=method, scenario=scenario, epochs=3, width=32, **({"buffer": 20} if "buffer" in METHODS[method].options else {})
-        )
+        own = {"owm": {"alpha": 100.0}, "ncl": {"weight": 0.01}}.get(method, {})  # so little training is not to be held back
+        own |= {"buffer": 20} if "buffer" in METHODS[method].options else {}
+        config = small(method=method, scenario=scenario, epochs=3, width=32, **own)
         (result,) = run(config, tmp_path / "run")
         rows = 1 if METHODS[method].at_once else 5
         assert [sum(v is not None for v in row) for row in result.matrix] == [0] * (5 - rows) + [5] * rows
@@ -182,6 +189,7 @@ class TestTraining:
         """The model, the data and the order of the batches are the same for all methods of a seed."""
         results = {m: run(small(method=m, tasks=2), tmp_path / m)[0] for m in METHODS if m != "joint"}
         assert len({json.dumps(r.baseline) for r in results.values()}) == 1
+        # NCL's prior is a weight decay; small steps at the very beginning give the same accuracies all the same.
         assert len({json.dumps(r.matrix[0]) for r in results.values()}) == 1, "the first task is plain training for all of these"
         assert len({json.dumps(r.matrix[1]) for r in results.values()}) > 1
 
@@ -377,11 +385,20 @@ class TestKilled:
             ("ewc-online", ["epoch 4", "task 2"]),
             ("child-tuning-f", ["epoch 4"]),
             ("child-tuning-d", ["task 1", "epoch 3"]),  # its mask is chosen anew
+            ("kfac-ewc", ["epoch 4"]),
+            ("owm", ["task 1", "epoch 3"]),
             ("joint", ["epoch 1"]),
         ],
     )
     def test_between_and_inside_tasks(self, killed, tmp_path, method, moments) -> None:
         self.check(killed, tmp_path, self.SETTINGS | {"method": method}, *moments)
+
+    @pytest.mark.parametrize("radius", [None, 0.05])
+    @pytest.mark.parametrize("scenario", ["task", "domain"])
+    def test_an_optimizer_of_the_methods_own(self, killed, tmp_path, scenario, radius) -> None:
+        own = {"method": "ncl", "scenario": scenario, "momentum": 0.9, "lr": 0.05, "radius": radius}
+        self.check(killed, tmp_path, self.SETTINGS | own, "task 2", "epoch 3")
+        assert final_state(tmp_path / "whole")["optimizer"]["state"][0].keys() == {"dual_momentum", "pull"}
 
     @pytest.mark.parametrize(
         "moments",

@@ -388,7 +388,7 @@ def test_closures_zero_grad_and_hooks(device):
         order.append("closure")
         return loss
 
-    first, second = float(optimizer.step(closure)), float(optimizer.step(closure))
+    first, second = (float(optimizer.step(closure).detach()) for _ in range(2))
     assert second < first
     assert order == ["pre", "closure", "post"] * 2
     optimizer.zero_grad()

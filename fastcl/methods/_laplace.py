@@ -15,8 +15,7 @@ from fastcl.methods._passes import Forward, _logits, training_passes, usable_bat
 from fastcl.methods._state import Method
 from fastcl.ops._checks import positive
 from fastcl.precision._base import RULES, Precision
-from fastcl.precision._collect import FISHERS
-
+from fastcl.precision._labels import FISHERS
 
 
 class Laplace(Method):
@@ -87,7 +86,8 @@ class Laplace(Method):
         return int.from_bytes(drawn[:8], "big") >> 1
 
     def _kept(self) -> dict[str, Any]:
-        return {"precision": self._precision.state_dict()}
+        # How often it has changed is a matter of this process: a run that was resumed has the same state as one that was not.
+        return {"precision": {**self._precision.state_dict(), "changes": 0}}
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         kept = state.get("precision")

@@ -65,7 +65,7 @@ class KFAC_EWC(Laplace):
         train_mode: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, precision, fisher, rule, forward, train_mode, seed)
+        super().__init__(model, precision, fisher, rule, weight, forward, train_mode, seed)
         self._strength = at_least_zero("strength", strength)
 
     @torch.no_grad()

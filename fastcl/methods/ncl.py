@@ -81,7 +81,7 @@ class NCL(Laplace):
         strength: float = 1.0,
         radius: float | None = None,
         *,
-        refresh: int = 1000,
+        refresh: int = 100,
     ) -> optim.NCL:
         """The optimizer of this model in this precision; see :class:`fastcl.optim.NCL`, also for what it raises."""
         return optim.NCL(self._model, self._precision, lr, momentum, strength, radius, refresh=refresh)
