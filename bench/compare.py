@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import bench_optim, bench_step, machine, measure, report, targets
+from bench import bench_ncl, bench_optim, bench_step, machine, measure, report, targets
 from bench.cells import DTYPES, SMALL, Cell, Workload, cells, providers
 from fastcl.testing import CASES, SIZES, elements
 
@@ -146,7 +146,8 @@ def run(
     """Measure the cells, and the training step, with a progress bar."""
     pairs = list(itertools.product(bench_step.MODELS, bench_step.METHODS)) if step else []
     optimizers = bench_optim.pairs() if step else []
-    with _progress(len(chosen) + len(optimizers) + len(pairs)) as doing:
+    precision = bench_ncl.ROWS if step and device == "cpu" else ()
+    with _progress(len(chosen) + len(optimizers) + len(precision) + len(pairs) + bool(precision)) as doing:
         records = []
         for cell in chosen:
             with doing(str(cell)):
@@ -155,7 +156,14 @@ def run(
         for name, size in optimizers:
             with doing(f"{name} {size}"):
                 stepped.append(bench_optim.measure_optimizer(name, size, device, 4 * seconds, rounds))
+        solved = []
+        for row in precision:
+            with doing(f"{row.op} {row.size}"):
+                solved.append(bench_ncl.measure_row(row, 4 * seconds, rounds))
         steps = []
+        if precision:
+            with doing("training step, NCL"):
+                steps.append(bench_ncl.measure_training(4 * seconds, STEP_ROUNDS))
         for model, method in pairs:
             with doing(f"training step, {model}, {method}"):
                 steps.append(bench_step.measure_step(model, method, device, 4 * seconds, STEP_ROUNDS))
@@ -170,6 +178,7 @@ def run(
         },
         "cells": records,
         "optimizers": stepped,
+        "precision": solved,
         "steps": steps,
     }
 

@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import bench_optim, machine, methods_report, targets
+from bench import bench_ncl, bench_optim, machine, methods_report, targets
 from bench.cells import ORDER
 from bench.tables import number, table
 
@@ -36,6 +36,11 @@ NOTHING: dict[str, Any] = {"streams": []}
 OPTIMIZERS = (
     "The whole `optimizer.step()`. torch fused: `torch.optim.AdamW(fused=True)` without the transform, which the others do besides; "
     "official: as the methods' public code; eager and foreach: in-place torch ops, then torch fused."
+)
+PRECISION = (
+    "NCL's step. official: both factors inverted in every step, the penalty by autograd; for kron_merge whole matrices by turns; torch: "
+    "inverses kept, four lines in eager torch, torch.bmm for layers of one shape, Q as [r, P] or [P, r]. The yardstick of a low-rank step "
+    "moves 8 r + 28 bytes per parameter, a step without momentum."
 )
 HEADLINE = ("soft_mask_", "gpt2-small", "fp32")
 
@@ -118,6 +123,17 @@ def optimizers_table(result: Mapping[str, Any]) -> str:
     return table(head, rows, text=range(3))
 
 
+def precision_table(result: Mapping[str, Any]) -> str:
+    """NCL's steps and merging under every provider."""
+    columns = [p for p in bench_ncl.PROVIDERS if any(p in c["providers"] for c in result["precision"])]
+    rows = []
+    for c in result["precision"]:
+        shown = [number(c["providers"][name]["median_ms"]) if name in c["providers"] else "-" for name in columns]
+        shown[columns.index("fastcl")] = f"**{shown[columns.index('fastcl')]}**"
+        rows.append([c["op"], c["size"], *shown])
+    return table(["precision", "size", *(f"{n}, ms" for n in columns)], rows, text=range(2))
+
+
 def steps_table(result: Mapping[str, Any]) -> str:
     """The training step under every variant of every method."""
     rows = []
@@ -167,6 +183,8 @@ def section(result: Mapping[str, Any], pictures: bool = True) -> str:
     parts.append(cells_table(result))
     if result["optimizers"]:
         parts += [OPTIMIZERS, optimizers_table(result)]
+    if result["precision"]:
+        parts += [PRECISION, precision_table(result)]
     if result["steps"]:
         parts.append(steps_table(result))
         parts.append(f"Memory: {result['settings']['memory']}.")
@@ -219,7 +237,7 @@ def finetune(folder: Path = FINETUNED) -> str:
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results of ops by device name."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
-    return {name: {"optimizers": [], **result} for name, result in found.items()}
+    return {name: {"optimizers": [], "precision": [], **result} for name, result in found.items()}
 
 
 def load_methods(folder: Path) -> dict[str, Any] | None:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastcl.testing import SIZES, elements
-
 Record = Mapping[str, Any]
 VERDICTS = ("reached", "met", "missed", "not measured")
 
@@ -38,7 +36,7 @@ class Target:
         ours, other = times.get("fastcl"), times.get(self.against)
         if self.kind == "memory":
             extra = None if ours is None else ours.get("extra_bytes")
-            return None if extra is None else extra / (4 * elements(SIZES[self.size]))
+            return None if extra is None else extra / (4 * cell["elements"])
         if ours is None or other is None:
             return None
         ratio: float = ours["median_ms"] / other["median_ms"]
@@ -104,6 +102,26 @@ OPTIMIZERS = (
     Target("AdamW + SoftMask", "10000x64", "fp32", "speed", "foreach", 2.0, 4.0),
 )
 
+NCL, LAYERS, MERGE = "MLP 784-400-400-10", "64 of 32x33, 16 of 64x65", ("kron_merge, kl", "n = m = 400", "fp32")
+PRECISION = (
+    Target("ncl_step_", NCL, "fp32", "speed", "official", 5.0, 10.0),
+    Target("ncl_step_", NCL, "fp32", "speed", "torch", 1.15, 1.4),
+    Target("ncl_step_", LAYERS, "fp32", "speed", "torch.bmm", 1.5, 3.0),
+    Target("NCL's step over SGD's", f"{NCL}, batch 256", STEP, "overhead", "none", 0.60, 0.35),
+    *(
+        target
+        for size in ("10 M, r = 16", "124 M, r = 8")
+        for target in (
+            Target("low_rank_step_", size, "fp32", "time", "yardstick", 1.25, 1.05),
+            Target("low_rank_step_", size, "fp32", "speed", "torch [r, P]", 1.5, 2.5),
+            Target("low_rank_step_", size, "fp32", "speed", "torch [P, r]", 1.5, 2.5),
+        )
+    ),
+    Target(*MERGE, "speed", "official", 50.0, 200.0),
+    Target("ncl_step_", NCL, "fp32", "memory", "P", 0.5, MEMORY_RESOLUTION),
+    Target("low_rank_step_", "124 M, r = 8", "fp32", "memory", "P", 0.01, MEMORY_RESOLUTION),
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -117,10 +135,12 @@ class Outcome:
 
 def of(result: Mapping[str, Any]) -> list[Outcome]:
     """Every target's outcome in a whole result."""
-    return evaluate([*result["cells"], *result["optimizers"]], result["steps"])
+    return evaluate([*result["cells"], *result["optimizers"], *result["precision"]], result["steps"])
 
 
-def evaluate(records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS)) -> list[Outcome]:
+def evaluate(
+    records: Sequence[Record], steps: Sequence[Record] = (), targets: Sequence[Target] = (*TARGETS, *OPTIMIZERS, *PRECISION)
+) -> list[Outcome]:
     """Hold a run's cells and training steps against the targets, in their order; every target has an outcome."""
     by_cell = {(r["op"], r["size"], r["dtype"]): r for r in records} | {(s["method"], s["model"], STEP): s for s in steps}
     out = []

@@ -19,9 +19,9 @@ sys.path.append(str(ROOT))  # last: an installed fastcl stays the one that is te
 pytest.importorskip("rich", reason="the benchmarks need pip install 'fastcl[bench]'")
 pytest.importorskip("matplotlib", reason="the benchmarks need pip install 'fastcl[bench]'")
 
-from bench import bench_optim, bench_step, compare, machine, measure, methods, methods_report, plots, report, targets, yardstick  # noqa: E402
+from bench import bench_ncl, bench_optim, bench_step, compare, machine, measure, methods, methods_report, plots, report, targets, yardstick  # noqa: E402
 from bench.cells import DTYPES, Cell, CompileTimeout, Workload, cells, deadline, providers  # noqa: E402
-from fastcl.testing import CASES, SIZES  # noqa: E402
+from fastcl.testing import CASES, SIZES, elements  # noqa: E402
 
 
 def provider(ms: float, extra: int | None = None) -> dict:
@@ -37,7 +37,15 @@ def provider(ms: float, extra: int | None = None) -> dict:
 
 
 def record(op: str, size: str, dtype: str, not_run: dict | None = None, extra: int | None = 0, **ms: float) -> dict:
-    shared = {"op": op, "size": size, "dtype": dtype, "tensors": len(SIZES[size]), "elements": 10, "bytes": 120, "rounds": 5}
+    shared = {
+        "op": op,
+        "size": size,
+        "dtype": dtype,
+        "tensors": len(SIZES[size]),
+        "elements": elements(SIZES[size]),
+        "bytes": 120,
+        "rounds": 5,
+    }
     return {**shared, "providers": {n.replace("_", " "): provider(v, extra) for n, v in ms.items()}, "not_run": not_run or {}}
 
 
@@ -56,7 +64,15 @@ def result(*records: dict, name: str = "cpu") -> dict:
     }
     mask = {**provider(10.0), "overhead_percent": {"median": 1.5, "low": 1.0, "high": 2.0}, "peak_bytes_over_none": 0}
     step = {"model": "MLP", "parameters": 10_000_000, "rounds": 5, "method": "SPG's mask", "variants": {"none": mask, "fastcl": mask}}
-    return {"format": 1, "machine": facts, "settings": {"memory": "how"}, "cells": list(records), "optimizers": [], "steps": [step]}
+    return {
+        "format": 1,
+        "machine": facts,
+        "settings": {"memory": "how"},
+        "cells": list(records),
+        "optimizers": [],
+        "precision": [],
+        "steps": [step],
+    }
 
 
 GPT = record("soft_mask_", "gpt2-small", "fp32", official=90.0, eager=70.0, foreach=50.0, compile=35.0, fastcl=34.0, yardstick=33.0)
@@ -153,7 +169,7 @@ def test_nan_is_a_miss():
 
 def test_memory_is_a_share_of_the_gradients_bytes():
     target = next(t for t in targets.TARGETS if t.kind == "memory" and t.op == "soft_mask_")
-    size = 4 * targets.elements(SIZES["gpt2-small"])
+    size = 4 * elements(SIZES["gpt2-small"])
     for extra, verdict in ((0, "reached"), (size // 200, "met"), (size // 50, "missed"), (None, "not measured")):
         (outcome,) = targets.evaluate([record("soft_mask_", "gpt2-small", "fp32", extra=extra, fastcl=1.0)], targets=[target])
         assert outcome.verdict == verdict
@@ -162,7 +178,7 @@ def test_memory_is_a_share_of_the_gradients_bytes():
 def test_a_miss_is_shown_as_missed_and_a_gap_as_not_measured():
     slow = record("soft_mask_", "gpt2-small", "fp32", {"compile": "no compiler"}, eager=70.0, fastcl=40.0, yardstick=33.0)
     lines = report.targets_table(result(slow)).splitlines()
-    assert len(lines) == 2 + len(targets.TARGETS) + len(targets.OPTIMIZERS)
+    assert len(lines) == 2 + len(targets.TARGETS) + len(targets.OPTIMIZERS) + len(targets.PRECISION)
     (against_yardstick,) = [x for x in lines if "soft_mask_` | gpt2-small | fp32 | speed, relative to yardstick" in x]
     assert against_yardstick.endswith("| 0.825 x | **missed** |")
     (against_compile,) = [x for x in lines if "soft_mask_" in x and "relative to compile" in x]
@@ -558,3 +574,95 @@ def test_optimizers_are_held_against_torchs_and_shown():
     assert ("cpu-optimizers.png", "Time of an optimizer's step relative to torch's fused AdamW without a transform") in plots.captions(
         whole
     )
+
+
+def stepped(call, params):
+    """What a provider's parameters are after two steps."""
+    call(), call()
+    return [torch.cat([t.detach().flatten() for t in p]) if isinstance(p, tuple) else p.detach().flatten() for p in params]
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (4, 5), (3, 7)), ((20, 33), (130, 140))], ids=["small", "one is large"])
+def test_every_provider_of_ncls_step_does_the_same_step(monkeypatch, shapes):
+    monkeypatch.setattr(bench_ncl, "LR", 0.01)
+    layers, made = bench_ncl.Layers(shapes), []
+    own = layers.parameters
+    monkeypatch.setattr(layers, "parameters", lambda: made.append(own()) or made[-1])
+    results = []
+    for build in (bench_ncl.ours, bench_ncl.eager, bench_ncl.batched):
+        call = build(layers)
+        results.append(stepped(call, made[-1]))
+    start = [torch.cat([w.flatten(), b]) for w, b in own()]
+    for other in results[1:]:
+        for a, b, s in zip(results[0], other, start, strict=True):
+            assert (a - s).abs().max() > 0.01
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_step_is_the_same_up_to_where_the_bias_stands(monkeypatch):
+    monkeypatch.setattr(bench_ncl, "LR", 0.01)
+    layers = bench_ncl.Layers(((6, 9),))
+    made, concatenated, cat = [], [], torch.cat
+    own = layers.parameters
+    monkeypatch.setattr(layers, "parameters", lambda: made.append(own()) or made[-1])
+    monkeypatch.setattr(torch, "cat", lambda *a: concatenated.append(cat(*a)) or concatenated[-1])
+    call = bench_ncl.official(layers)
+    whole = concatenated[0]  # weight and bias, what the provider trains
+    monkeypatch.setattr(torch, "cat", cat)
+    call(), call()
+    ours = bench_ncl.ours(layers)
+    ours(), ours()
+    w, b = made[-1][0]
+    torch.testing.assert_close(whole.detach(), torch.cat([w, b[:, None]], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_every_provider_of_the_low_rank_step_does_the_same_step(monkeypatch, momentum):
+    monkeypatch.setattr(bench_ncl, "LR", 0.01)
+    results = []
+    for build in (lambda p: p.ours(momentum), lambda p: p.eager(momentum, False), lambda p: p.eager(momentum, True)):
+        problem, made = bench_ncl.LowRank(5000, 3), []
+        start = problem.start
+        problem.start = type("Start", (), {"clone": lambda _, made=made, start=start: made.append(start.clone()) or made[-1]})()
+        monkeypatch.setattr(
+            torch, "zeros_like", lambda t, kept=torch.zeros_like, start=start: kept(t if isinstance(t, torch.Tensor) else start)
+        )
+        call = build(problem)
+        call(), call()
+        results.append(made[0])
+        assert (made[0] - start).abs().max() > 0.01
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
+
+
+def test_both_mergings_find_the_same_posterior(monkeypatch):
+    monkeypatch.setattr(bench_ncl, "MERGED", 12)
+    factors = bench_ncl.posteriors()
+    (left, right), (other_left, other_right) = bench_ncl.merge_ours(factors)(), bench_ncl.merge_official(factors)()
+    torch.testing.assert_close(torch.kron(left.double(), right.double()), torch.kron(other_left, other_right), rtol=1e-5, atol=1e-6)
+
+
+def test_precisions_targets_name_rows_and_are_shown():
+    rows = {(r.op, r.size): r for r in bench_ncl.ROWS}
+    for t in targets.PRECISION:
+        if t.kind == "overhead":
+            continue
+        assert (t.op, t.size) in rows and t.dtype == "fp32", t
+        assert t.kind != "memory" or rows[t.op, t.size].memory, t
+        assert t.kind == "memory" or t.against in bench_ncl.PROVIDERS, t
+    row = bench_ncl.measure_row(
+        bench_ncl.Row("kron_merge, kl", "n = m = 400", lambda: {"official": lambda: None, "fastcl": lambda: None}), 0.1, (3, 3)
+    )
+    whole = {**result(), "precision": [row]}
+    assert "kron_merge, kl" in report.precision_table(whole)
+    outcome = next(o for o in targets.of(whole) if o.target.op == "kron_merge, kl")
+    assert outcome.value is not None
+
+
+def test_ncls_training_step_is_measured():
+    found = bench_ncl.measure_training(0.1, (3, 3))
+    assert set(found["variants"]) == {"none", "fastcl"}
+    (target,) = [t for t in targets.PRECISION if t.kind == "overhead"]
+    assert (target.op, target.size) == (found["method"], found["model"])
+    (outcome,) = targets.evaluate([], [found], [target])
+    assert outcome.value is not None
