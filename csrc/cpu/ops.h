@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "core/child_mask.h"
-#include "core/low_rank.h"
 #include "core/importance.h"
+#include "core/low_rank.h"
 #include "core/optimizers.h"
 #include "core/parallel.h"
 #include "core/transforms.h"

@@ -31,8 +31,8 @@ class Problem:
             [strided(random_values(rng, n, d).reshape(s), *own) for n, s, d, own in zip(counts, shapes, narrow, strides, strict=True)]
             for _ in range(2)
         )
-        self.momenta, self.anchors = ([rng.standard_normal(s).astype(store) for s in shapes] for _ in range(2))
-        self.diagonal = [(0.5 + rng.random(s)).astype(store) for s in shapes]
+        self.momenta, self.anchors = ([np.asarray(rng.standard_normal(s), store) for s in shapes] for _ in range(2))
+        self.diagonal = [np.asarray(0.5 + rng.random(s), store) for s in shapes]
         self.basis = [(rng.standard_normal((rank, *s)) / max(sum(counts), 1) ** 0.5).astype(store) for s in shapes]
 
     def operands(self, *names: str) -> list[Any]:
@@ -45,7 +45,7 @@ class Problem:
         own = name in ("params", "grads")
         lists = zip(getattr(self, name), self.narrow if own else [self.kept] * len(self.narrow), strict=True)
         if name == "basis":
-            parts = [b.astype(np.float64).reshape(self.rank, -1 if b.size else 0) for b in self.basis]
+            parts = [b.astype(np.float64).reshape(self.rank, int(np.prod(b.shape[1:]))) for b in self.basis]
             return np.concatenate(parts, axis=1)
         return np.concatenate([decode(a, d, np.float64).astype(np.float64).ravel() for a, d in lists])
 
@@ -121,7 +121,9 @@ def test_appending_on_any_layout(data: st.DataObject) -> None:
     mixed = mix.T @ rows
     factor = 1 + (mixed[rank:] ** 2).sum(0)
     products = native.low_rank_compress_(diagonal, basis, list(sigma), vectors, mix)
-    assert np.allclose(p.wide("diagonal"), d * factor, rtol=4 * U[kept], atol=0)
+    # Rows may cancel in what is dropped.
+    dropped = d * ((np.abs(mix.T) @ np.abs(rows))[rank:] ** 2).sum(0)
+    assert (np.abs(p.wide("diagonal") - d * factor) <= 4 * U[kept] * d * factor + 64 * U["f64"] * dropped).all()
     stored = p.wide("basis")
     size = np.abs(mix).sum() * np.abs(rows).max(initial=0)
     assert np.allclose(stored, mixed[:rank] / np.sqrt(factor), rtol=4 * U[kept], atol=1e-13 * size)
