@@ -268,3 +268,48 @@ def test_moving_the_model_is_followed():
     for name, t in precision.solve(v).items():
         assert torch.equal(t, wanted[name])
     assert {id(p) for block in precision.blocks for p in block.params} == {id(p) for p in replaced.values()}
+
+
+def test_begin_alone_makes_the_pull():
+    model, precision = build()
+    exact = precision.multiply({name: p.detach() - precision.anchor[name] for name, p in model.named_parameters()})
+    block = precision.blocks[0]
+    own = [{} for _ in block.params]
+    block.begin(own)
+    for name, state in zip(block.names, own, strict=True):
+        torch.testing.assert_close(state["pull"], exact[name], rtol=1e-12, atol=1e-14)
+        assert not state["dual_momentum"].any()
+
+
+def test_state_that_is_exchanged_under_the_same_block():
+    model, precision = build()
+    block, own = precision.blocks[0], started(precision)[0]
+    block.step(named(block, gradients(model, 0)), own, 0.1, 0.9, 1.0)
+    # The bias's part alone is replaced: its matrix must be put together anew, with the weight's part as it is.
+    weight = own[1]["dual_momentum"].clone()
+    bias = own[2]["dual_momentum"] = torch.full((3,), 5.0, dtype=F64)
+    block.step([torch.zeros_like(p) for p in block.params], own, 0.0, 1.0, 0.0)
+    torch.testing.assert_close(own[1]["dual_momentum"], weight, rtol=0, atol=0)
+    torch.testing.assert_close(own[2]["dual_momentum"], bias, rtol=0, atol=0)
+    assert own[2]["dual_momentum"].stride() == (16,)
+    # Another optimizer's state: the first one's stays as it is.
+    kept, other = own[1]["dual_momentum"].clone(), started(precision)[0]
+    block.step(named(block, gradients(model, 1)), other, 0.1, 0.9, 1.0)
+    assert torch.equal(own[1]["dual_momentum"], kept)
+    assert other[1]["dual_momentum"].any()
+
+
+@pytest.mark.parametrize("damping", [("pi", 0.05), ("exact", 0.05)])
+def test_merging_under_damping(damping):
+    model, precision = build(damping=damping)
+    other = build()[1]
+    x = torch.randint(6, (20, 5), generator=torch.Generator().manual_seed(1))
+    for own in (precision, other):
+        own.model.load_state_dict(model.state_dict())
+        with own.collect("exact") as collection:
+            collection.backward(own.model(x))
+        own.merge_()
+    other.damping = damping
+    v = gradients(model, 3)
+    for name, t in precision.multiply(v).items():
+        torch.testing.assert_close(t, other.multiply(v)[name], rtol=1e-10, atol=1e-12)

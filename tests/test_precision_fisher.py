@@ -237,6 +237,7 @@ def test_equal_to_the_dense_fisher_where_the_product_is_exact():
         nn.Conv1d(4, 6, 2, padding=1, groups=2, padding_mode="circular"),
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 3)),
         nn.Conv2d(4, 6, 3, padding="valid"),
+        nn.Conv2d(4, 6, (2, 4), padding="same"),
         nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"),
         nn.Conv2d(4, 8, 3, groups=4, stride=2),
         nn.Conv3d(4, 6, (2, 1, 3), padding=(0, 1, 1), stride=(1, 2, 1)),
@@ -380,6 +381,19 @@ def test_calls_and_tied_modules_are_positions(sequence):
     torch.testing.assert_close(found["shared"][1], G, rtol=1e-12, atol=1e-15)
     diagonal = DiagonalPrecision(model, 10)
     torch.testing.assert_close(collect(diagonal, x, "empirical", y)[1], squares(model, x, "", y), rtol=1e-12, atol=1e-15)
+
+
+def test_tied_weights_with_biases_of_their_own():
+    model = Twice().to(F64)
+    model.other.bias = nn.Parameter(torch.randn(3, dtype=F64))
+    x, y = torch.randn(5, 3, dtype=F64), torch.randint(CLASSES, (5,))
+    precision = KroneckerPrecision(model, 10)
+    assert precision.factors["shared"][0].shape == (3, 3)
+    assert [precision.report[name][:8] for name in ("shared.bias", "other.bias")] == ["diagonal"] * 2
+    diagonals = collect(precision, x, "empirical", y)[1]
+    wanted = squares(model, x, "", y)
+    for name in ("shared.bias", "other.bias"):
+        torch.testing.assert_close(diagonals[name], wanted[name], rtol=1e-12, atol=1e-15)
 
 
 def test_weights_tied_over_kinds_have_a_diagonal():

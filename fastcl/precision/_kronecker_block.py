@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +37,11 @@ class KroneckerBlock:
     def __init__(self, layers: Sequence[Factors]) -> None:
         self.layers = list(layers)
         self._slots = [slot for f in self.layers for slot in f.layer.slots]
+        self._places: list[tuple[int, bool]] = []  # of each layer's weight among the parameters, and whether a bias follows
+        start = 0
+        for f in self.layers:
+            self._places.append((start, len(f.shapes) == 2))
+            start += len(f.shapes)
         self._known: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
         self._kept: tuple[Lists, list[Tensor]] | None = None
 
@@ -50,7 +57,7 @@ class KroneckerBlock:
     @property
     def params(self) -> tuple[Tensor, ...]:
         """Weight, bias, weight, ..."""
-        return tuple(slot.parameter() for slot in self._slots)
+        return tuple([slot.parameter() for slot in self._slots])
 
     @torch.no_grad()
     def begin(self, states: Sequence[State]) -> None:
@@ -209,7 +216,7 @@ class KroneckerBlock:
         """M and H. They are made anew where the state was replaced (loaded, copied) since they were looked up."""
         views = [s[name] for name in (MOMENTUM, PULL) for s in states]
         known, M, H = self._known
-        if len(known) == len(views) and all(a is b for a, b in zip(known, views, strict=True)):
+        if len(known) == len(views) and all(map(operator.is_, known, views)):
             return M, H
         found: dict[str, list[Tensor]] = {}
         for name in (MOMENTUM, PULL):
@@ -224,8 +231,14 @@ class KroneckerBlock:
         self._known = [s[name] for name in (MOMENTUM, PULL) for s in states], found[MOMENTUM], found[PULL]
         return found[MOMENTUM], found[PULL]
 
+    def _paired(self, values: Sequence[Tensor]) -> list[LayerTensors]:
+        return [(values[i], values[i + 1]) if bias else values[i] for i, bias in self._places]
+
     def _lists(self, grads: Sequence[Tensor | None], states: Sequence[State]) -> Lists:
         M, H = self._matrices(states)
+        if all(map(operator.is_not, grads, itertools.repeat(None))):
+            given: list[Any] = list(grads)
+            return Lists(self.layers, self._paired(self.params), self._paired(given), M, H)
         lists = Lists([], [], [], [], [])
         for (f, own), m, h in zip(self._by_layer(grads), M, H, strict=True):
             if all(g is None for g in own):
