@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "core/low_rank.h"
 #include "cpu/blocks.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kPart = 16384;
 // What is worked on at once: long enough for the hardware to follow a row, short enough for the first two caches.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 4096;
 // A sum in float is at most this long per lane, and goes on in double.
 constexpr int kShort = 16;
 constexpr int kTile = 4;
@@ -166,9 +167,35 @@ FASTCL_CLONES void keep(const C* __restrict velocity, const C* __restrict param,
     std::fill(out, out + n, C(0));
 }
 
+// root = diagonal^-1/2, out = vector root; out may be the vector.
 template <class C>
-FASTCL_CLONES void add(const C* __restrict from, int64_t n, C* __restrict to) {
-  for (int64_t e = 0; e < n; ++e) to[e] += from[e];
+FASTCL_CLONES void scale_by_root(const C* vector, const C* diagonal, int64_t n, C* __restrict root, C* out) {
+#pragma GCC ivdep
+  for (int64_t e = 0; e < n; ++e) {
+    root[e] = C(1) / std::sqrt(diagonal[e]);
+    out[e] = vector[e] * root[e];
+  }
+}
+
+template <class C>
+FASTCL_CLONES void multiply(const C* __restrict root, int64_t n, C* __restrict x) {
+  for (int64_t e = 0; e < n; ++e) x[e] *= root[e];
+}
+
+// The direction u + x root into velocity and x, or with applies straight to the parameters.
+template <class C, bool moves, bool pulls, bool applies>
+FASTCL_CLONES void finish(C* __restrict velocity, C* __restrict param, const C* __restrict anchor, const C* __restrict root, int64_t n,
+                          Kept<C> kept, C step, C* __restrict x) {
+  for (int64_t e = 0; e < n; ++e) {
+    C direction = x[e] * root[e];
+    if constexpr (moves) direction += kept.momentum * velocity[e];
+    if constexpr (pulls) direction += kept.strength * (param[e] - anchor[e]);
+    if constexpr (moves) velocity[e] = direction;
+    if constexpr (applies)
+      param[e] = stepped(param[e], step, direction);
+    else
+      x[e] = direction;
+  }
 }
 
 template <class P, class C>
@@ -216,6 +243,28 @@ struct StepSweep {
     if (in.strength != 0) anchors = momenta < 0 ? 3 : 4;
   }
 
+  // The end of a block: V and W from x root.
+  template <class C>
+  void finish_block(const LowRankStep& in, const Operand* at, const int64_t* strides, int64_t done, int64_t m, C step, const C* root,
+                    C* x) const {
+    const Operand& params = at[kParams];
+    const int64_t stride = strides[kParams];
+    char* data = block_of(params, stride, done);
+    const bool applies = params.dtype == dtype_of<C> && stride == 1;
+    alignas(64) C copy[kBlock];
+    C* w = applies ? reinterpret_cast<C*>(data) : copy;
+    if (!applies && anchors >= 0) read_block<C>(params, stride, done, m, copy);
+    const auto own = [&](int list) { return list < 0 ? nullptr : reinterpret_cast<C*>(block_of(at[list], 1, done)); };
+    const auto run = [&](auto moves, auto pulls, auto straight) {
+      finish<C, decltype(moves)::value, decltype(pulls)::value, decltype(straight)::value>(own(momenta), w, own(anchors), root, m,
+                                                                                           {C(in.momentum), C(in.strength)}, step, x);
+    };
+    const auto with = [&](bool flag, auto&& f) { return flag ? f(std::true_type{}) : f(std::false_type{}); };
+    with(momenta >= 0,
+         [&](auto moves) { with(anchors >= 0, [&](auto pulls) { with(applies, [&](auto straight) { run(moves, pulls, straight); }); }); });
+    if (!applies) with_floating(params.dtype, [&](auto t) { move<typename decltype(t)::type, C>(data, stride, m, step, x); });
+  }
+
   // u of a block, in out.
   template <class C>
   void kept(const LowRankStep& in, const Operand* at, const int64_t* strides, int64_t done, int64_t m, C* out) const {
@@ -226,11 +275,18 @@ struct StepSweep {
   }
 };
 
-// z = D^-1/2 (v - ...) of a block.
+// A block of D^-1/2 x or D^1/2 x.
 template <class C>
 void scaled(const Operand* at, const int64_t* strides, int vector, int64_t done, int64_t m, bool inverse, C* out) {
   const C* x = read_block<C>(at[vector], strides[vector], done, m, out);
   scale<C>(x, reinterpret_cast<const C*>(block_of(at[0], 1, done)), m, inverse, out);
+}
+
+// The same with D^-1/2 itself.
+template <class C>
+void scaled_by_root(const Operand* at, const int64_t* strides, int vector, int64_t done, int64_t m, C* root, C* out) {
+  const C* x = read_block<C>(at[vector], strides[vector], done, m, out);
+  scale_by_root<C>(x, reinterpret_cast<const C*>(block_of(at[0], 1, done)), m, root, out);
 }
 
 template <class C>
@@ -266,12 +322,12 @@ void low_rank_update_(const Views& grads, const Views& diagonal, const Views& ba
   each_part(diagonal, sweep, pool, [&](int64_t p, auto type) {
     using C = typename decltype(type)::type;
     const std::vector<C> c = narrowed<C>(coefficients, rank);
-    alignas(64) C x[kBlock];
+    alignas(64) C x[kBlock], root[kBlock];
     sweep.part(p, [&](const Operand* at, const int64_t* strides, const RowSweep::Rows& rows, int64_t n) {
       each_block(n, [&](int64_t done, int64_t m) {
-        scaled<C>(at, strides, 1, done, m, true, x);
+        scaled_by_root<C>(at, strides, 1, done, m, root, x);
         subtract_rows<C>(rows, rank, done, c.data(), m, x);
-        scale<C>(x, reinterpret_cast<const C*>(block_of(at[0], 1, done)), m, true, x);
+        multiply<C>(root, m, x);
         write_block<C>(x, at[1], strides[1], done, m);
       });
     });
@@ -308,19 +364,12 @@ void low_rank_step_update_(const LowRankStep& in, const double* coefficients, do
   each_part(in.diagonal, sweep.rows, pool, [&](int64_t p, auto type) {
     using C = typename decltype(type)::type;
     const std::vector<C> c = narrowed<C>(coefficients, rank);
-    alignas(64) C x[kBlock], u[kBlock];
+    alignas(64) C x[kBlock], root[kBlock];
     sweep.rows.part(p, [&](const Operand* at, const int64_t* strides, const RowSweep::Rows& rows, int64_t n) {
       each_block(n, [&](int64_t done, int64_t m) {
-        scaled<C>(at, strides, StepSweep::kGrads, done, m, true, x);
+        scaled_by_root<C>(at, strides, StepSweep::kGrads, done, m, root, x);
         subtract_rows<C>(rows, rank, done, c.data(), m, x);
-        scale<C>(x, reinterpret_cast<const C*>(block_of(at[0], 1, done)), m, true, x);
-        sweep.kept<C>(in, at, strides, done, m, u);
-        add<C>(u, m, x);
-        if (sweep.momenta >= 0) std::copy(x, x + m, reinterpret_cast<C*>(block_of(at[sweep.momenta], 1, done)));
-        const Operand& params = at[StepSweep::kParams];
-        const int64_t stride = strides[StepSweep::kParams];
-        with_floating(params.dtype,
-                      [&](auto t) { move<typename decltype(t)::type, C>(block_of(params, stride, done), stride, m, C(step), x); });
+        sweep.finish_block<C>(in, at, strides, done, m, C(step), root, x);
       });
     });
   });
