@@ -2,8 +2,8 @@
 
 Every provider has parameters, momentum and state of its own and shares gradients, factors and anchor. ``official`` works as the methods'
 public code does: it inverts both factors of every layer in every step and forms the penalty by autograd. ``torch`` is the best that plain
-torch can do: inverses kept, the four lines of the step on whole matrices (a batched product per shape where layers are small). Steps are tiny and
-gradients are only read, so that nothing has to be restored between calls.
+torch can do: inverses kept, the four lines of the step on whole matrices (a batched product per shape where layers are small). Steps are
+tiny and gradients are only read, so that nothing has to be restored between calls.
 """
 
 from __future__ import annotations

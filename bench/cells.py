@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import yardstick
 from fastcl import backends
-from fastcl.testing import CASES, SIZES, Args, clone, elements, optimizers
+from fastcl.testing import CASES, SIZES, Args, clone, elements, low_rank, optimizers
 
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "fp32": (torch.float32, torch.float32),
@@ -33,7 +33,8 @@ UNTRACED = {
     "bit_mask_": "its masks are unpacked in the first call and kept",
 }
 COMPILED = {("soft_mask_", "fp32"), ("project_", "fp32")}  # worth minutes: torch.compile is the peer to beat
-STEPPED = {case.name for case in optimizers.CASES}  # bench_optim times their whole steps
+# bench_optim and bench_ncl time their whole steps.
+STEPPED = {case.name for module in (low_rank, optimizers) for case in module.CASES}
 MANY = 1000  # tensors: torch.compile unrolls a list, so its compile time grows with every one
 FEW = 200  # tensors
 COMPILE_LIMIT_S = 60  # but for COMPILED

@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+# safetensors is imported where it is used: not by everyone who imports fastcl.
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -32,6 +32,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
 
     Raises OSError when the file cannot be written; ``path`` is then as it was.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     target = Path(path)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
@@ -57,6 +60,8 @@ def read(path: str | os.PathLike[str], format: str, version: int) -> tuple[dict[
         FileNotFoundError: there is no such file.
         ValueError: not a safetensors file, damaged, of another format or of another version; the message names the path.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:

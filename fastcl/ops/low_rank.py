@@ -67,10 +67,19 @@ def low_rank_solve_(grads: Tensors, diagonal: Tensors, basis: Tensors, sigma: Te
 def low_rank_quadratic(deltas: Tensors, diagonal: Tensors, basis: Tensors, sigma: Tensor) -> Tensor:
     """Square of a list's norm: ``x^T Lambda x = y.y + sum_j (sigma_j q_j.y)^2`` with ``y = D^1/2 x``, in one sweep.
 
-    Arguments, precision, DTensors and errors as in :func:`low_rank_solve_`; nothing is written. NaN and Inf propagate.
+    NaN and Inf propagate. Precision and DTensors as in :func:`low_rank_solve_`.
+
+    Args:
+        deltas: list of dense tensors on one device, float64, float32, bfloat16 or float16, any strides.
+        diagonal: D, as in :func:`low_rank_solve_`.
+        basis: Q, as there.
+        sigma: as there.
 
     Returns:
         0-d, float64, on the tensors' device.
+
+    Raises:
+        TypeError, ValueError: as in :func:`low_rank_solve_`. Nothing is ever written.
     """
     found: list[Tensor] = []
 
