@@ -43,9 +43,9 @@ FASTCL_HD void add_lane(const LaneOf<float>::type& lane, Wide& sum) {
   sum += __builtin_convertvector(half[0], Wide) + __builtin_convertvector(half[1], Wide);
 }
 
-// out[i] += row i . z, and with both out_y[i] += row i . y, of R rows; the lines at next[i] are fetched meanwhile.
+// out[i] += row i . z, and with both out_y[i] += row i . y, of R rows.
 template <class C, int R, bool both>
-FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, const char* const* next, double* out, double* out_y) {
+FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, double* out, double* out_y) {
   using Lane = typename LaneOf<C>::type;
   constexpr int W = kLane<C>;
   constexpr int64_t step = int64_t(W) * kShort;
@@ -61,7 +61,6 @@ FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, 
       for (int i = 0; i < R; ++i) {
         Lane q;
         memcpy(&q, row[i] + e, sizeof(Lane));
-        __builtin_prefetch(next[i] + e * int64_t(sizeof(C)), 0, 2);
         lane[i] += q * x;
         if constexpr (both) lane_y[i] += q * w;
       }
@@ -81,34 +80,29 @@ FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, 
   }
 }
 
-// Calls tile(first, count) for rows by fours, then one by one; next are the rows that come after these, here or in the next block.
-template <int R, class C, class Visit>
-FASTCL_HD void rows_at(const RowSweep::Rows& rows, int rank, int64_t done, int first, const C** row, const char** next, Visit&& visit) {
-  for (int i = 0; i < R; ++i) {
-    const char* own = rows.data + (first + i) * rows.stride + done * int64_t(sizeof(C));
-    row[i] = reinterpret_cast<const C*>(own);
-    const int after = first + R + i;
-    next[i] = after < rank ? own + R * rows.stride : rows.data + i * rows.stride + (done + kBlock) * int64_t(sizeof(C));
-  }
-  visit();
+template <int R, class C>
+FASTCL_HD void rows_at(const RowSweep::Rows& rows, int64_t done, int first, const C** row) {
+  for (int i = 0; i < R; ++i) row[i] = reinterpret_cast<const C*>(rows.data + (first + i) * rows.stride) + done;
 }
 
 template <class C, bool both>
 FASTCL_CLONES void dot_rows(const RowSweep::Rows& rows, int rank, int64_t done, const C* z, const C* y, int64_t n, double* out) {
   const C* row[kTile];
-  const char* next[kTile];
   int j = 0;
-  for (; j + kTile <= rank; j += kTile)
-    rows_at<kTile, C>(rows, rank, done, j, row, next, [&] { dot_tile<C, kTile, both>(row, z, y, n, next, out + j, out + rank + j); });
-  for (; j < rank; ++j)
-    rows_at<1, C>(rows, rank, done, j, row, next, [&] { dot_tile<C, 1, both>(row, z, y, n, next, out + j, out + rank + j); });
+  for (; j + kTile <= rank; j += kTile) {
+    rows_at<kTile>(rows, done, j, row);
+    dot_tile<C, kTile, both>(row, z, y, n, out + j, out + rank + j);
+  }
+  for (; j < rank; ++j) {
+    rows_at<1>(rows, done, j, row);
+    dot_tile<C, 1, both>(row, z, y, n, out + j, out + rank + j);
+  }
 }
 
 template <class C>
 FASTCL_CLONES double dot_pair(const C* a, const C* b, int64_t n) {
-  const char* next = reinterpret_cast<const char*>(a);
   double out = 0;
-  dot_tile<C, 1, false>(&a, b, nullptr, n, &next, &out, nullptr);
+  dot_tile<C, 1, false>(&a, b, nullptr, n, &out, nullptr);
   return out;
 }
 
@@ -117,26 +111,25 @@ template <class C>
 FASTCL_CLONES void subtract_rows(const RowSweep::Rows& rows, int rank, int64_t done, const C* coefficients, int64_t n, C* x) {
   using Lane = typename LaneOf<C>::type;
   constexpr int W = kLane<C>;
-  const C* row[kTile];
-  const char* next[kTile];
   const auto tile = [&](auto count, int first) {
     constexpr int R = decltype(count)::value;
-    rows_at<R, C>(rows, rank, done, first, row, next, [&] {
-      int64_t e = 0;
-      for (; e + W <= n; e += W) {
-        Lane sum;
-        memcpy(&sum, x + e, sizeof(Lane));
-        for (int i = 0; i < R; ++i) {
-          Lane q;
-          memcpy(&q, row[i] + e, sizeof(Lane));
-          __builtin_prefetch(next[i] + e * int64_t(sizeof(C)), 0, 2);
-          sum -= coefficients[first + i] * q;
-        }
-        memcpy(x + e, &sum, sizeof(Lane));
+    const C* row[R];
+    C c[R];
+    rows_at<R>(rows, done, first, row);
+    for (int i = 0; i < R; ++i) c[i] = coefficients[first + i];
+    int64_t e = 0;
+    for (; e + W <= n; e += W) {
+      Lane sum;
+      memcpy(&sum, x + e, sizeof(Lane));
+      for (int i = 0; i < R; ++i) {
+        Lane q;
+        memcpy(&q, row[i] + e, sizeof(Lane));
+        sum -= c[i] * q;
       }
-      for (; e < n; ++e)
-        for (int i = 0; i < R; ++i) x[e] -= coefficients[first + i] * row[i][e];
-    });
+      memcpy(x + e, &sum, sizeof(Lane));
+    }
+    for (; e < n; ++e)
+      for (int i = 0; i < R; ++i) x[e] -= c[i] * row[i][e];
   };
   int j = 0;
   for (; j + kTile <= rank; j += kTile) tile(std::integral_constant<int, kTile>{}, j);
