@@ -35,11 +35,14 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 demo: $(VENV)/.built
 	$(BIN)/python examples/spg_permuted_digits.py
 
+# Two processes, a file in one of them; threads that wait for each other must not spin on the cores that they share.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.built
 	@echo "== tests"
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 	@echo "== the same op tests on the Triton kernels, in Triton's interpreter"
-	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(BIN)/python -m pytest -m "not slow and not gpu" $(FAMILIES:%=tests/test_%.py)
+	TRITON_INTERPRET=1 FASTCL_BACKEND=triton $(PYTEST) -m "not slow and not gpu" $(FAMILIES:%=tests/test_%.py)
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest
