@@ -21,6 +21,18 @@ constexpr int64_t kBlock = 4096;
 // A sum in float is at most this long per lane, and goes on in double.
 constexpr int kShort = 16;
 constexpr int kTile = 4;
+// Blocks of other lists that are fetched while a tile of rows is worked on.
+constexpr int kMore = 3;
+
+// What is read after the rows of a block, in the order in which it is; each tile of rows fetches the next few. More streams than the
+// hardware follows take turns here.
+struct Ahead {
+  const char* at[2 * kMore] = {};
+  int count = 0;
+  void add(const Operand& operand, int64_t stride, int64_t done) {
+    if (stride == 1 && size_of(operand.dtype) >= 4) at[count++] = block_of(operand, 1, done);
+  }
+};
 
 template <class C>
 struct LaneOf;
@@ -43,9 +55,9 @@ FASTCL_HD void add_lane(const LaneOf<float>::type& lane, Wide& sum) {
   sum += __builtin_convertvector(half[0], Wide) + __builtin_convertvector(half[1], Wide);
 }
 
-// out[i] += row i . z, and with both out_y[i] += row i . y, of R rows.
+// out[i] += row i . z, and with both out_y[i] += row i . y, of R rows; the lines at next are fetched meanwhile.
 template <class C, int R, bool both>
-FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, double* out, double* out_y) {
+FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, const char* const* next, double* out, double* out_y) {
   using Lane = typename LaneOf<C>::type;
   constexpr int W = kLane<C>;
   constexpr int64_t step = int64_t(W) * kShort;
@@ -64,6 +76,7 @@ FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, 
         lane[i] += q * x;
         if constexpr (both) lane_y[i] += q * w;
       }
+      for (int i = 0; i < R + kMore; ++i) __builtin_prefetch(next[i] + e * int64_t(sizeof(C)), 0, 2);
     }
     for (int i = 0; i < R; ++i) {
       add_lane(lane[i], sum[i]);
@@ -80,56 +93,71 @@ FASTCL_HD void dot_tile(const C* const* row, const C* z, const C* y, int64_t n, 
   }
 }
 
-template <int R, class C>
-FASTCL_HD void rows_at(const RowSweep::Rows& rows, int64_t done, int first, const C** row) {
-  for (int i = 0; i < R; ++i) row[i] = reinterpret_cast<const C*>(rows.data + (first + i) * rows.stride) + done;
+// Calls tile(first, count) for rows by fours, then one by one; next are the rows that come after these, here or in the next block.
+template <int R, class C, class Visit>
+FASTCL_HD void rows_at(const RowSweep::Rows& rows, int rank, int64_t done, int first, const Ahead& ahead, const C** row, const char** next,
+                       Visit&& visit) {
+  for (int i = 0; i < R; ++i) {
+    const char* own = rows.data + (first + i) * rows.stride + done * int64_t(sizeof(C));
+    row[i] = reinterpret_cast<const C*>(own);
+    const int after = first + R + i;
+    next[i] = after < rank ? own + R * rows.stride : rows.data + i * rows.stride + (done + kBlock) * int64_t(sizeof(C));
+  }
+  for (int i = 0; i < kMore; ++i) {
+    const int stream = first / kTile * kMore + i;
+    next[R + i] = R == kTile && stream < ahead.count ? ahead.at[stream] : next[0];
+  }
+  visit();
 }
 
 template <class C, bool both>
-FASTCL_CLONES void dot_rows(const RowSweep::Rows& rows, int rank, int64_t done, const C* z, const C* y, int64_t n, double* out) {
+FASTCL_CLONES void dot_rows(const RowSweep::Rows& rows, int rank, int64_t done, const Ahead& ahead, const C* z, const C* y, int64_t n,
+                            double* out) {
   const C* row[kTile];
+  const char* next[kTile + kMore];
   int j = 0;
-  for (; j + kTile <= rank; j += kTile) {
-    rows_at<kTile>(rows, done, j, row);
-    dot_tile<C, kTile, both>(row, z, y, n, out + j, out + rank + j);
-  }
-  for (; j < rank; ++j) {
-    rows_at<1>(rows, done, j, row);
-    dot_tile<C, 1, both>(row, z, y, n, out + j, out + rank + j);
-  }
+  for (; j + kTile <= rank; j += kTile)
+    rows_at<kTile, C>(rows, rank, done, j, ahead, row, next,
+                      [&] { dot_tile<C, kTile, both>(row, z, y, n, next, out + j, out + rank + j); });
+  for (; j < rank; ++j)
+    rows_at<1, C>(rows, rank, done, j, ahead, row, next, [&] { dot_tile<C, 1, both>(row, z, y, n, next, out + j, out + rank + j); });
 }
 
 template <class C>
 FASTCL_CLONES double dot_pair(const C* a, const C* b, int64_t n) {
+  const char* next[1 + kMore];
+  std::fill(next, next + 1 + kMore, reinterpret_cast<const char*>(a));
   double out = 0;
-  dot_tile<C, 1, false>(&a, b, nullptr, n, &out, nullptr);
+  dot_tile<C, 1, false>(&a, b, nullptr, n, next, &out, nullptr);
   return out;
 }
 
 // x -= sum_j c_j row j
 template <class C>
-FASTCL_CLONES void subtract_rows(const RowSweep::Rows& rows, int rank, int64_t done, const C* coefficients, int64_t n, C* x) {
+FASTCL_CLONES void subtract_rows(const RowSweep::Rows& rows, int rank, int64_t done, const Ahead& ahead, const C* coefficients, int64_t n,
+                                 C* x) {
   using Lane = typename LaneOf<C>::type;
   constexpr int W = kLane<C>;
+  const C* row[kTile];
+  const char* next[kTile + kMore];
   const auto tile = [&](auto count, int first) {
     constexpr int R = decltype(count)::value;
-    const C* row[R];
-    C c[R];
-    rows_at<R>(rows, done, first, row);
-    for (int i = 0; i < R; ++i) c[i] = coefficients[first + i];
-    int64_t e = 0;
-    for (; e + W <= n; e += W) {
-      Lane sum;
-      memcpy(&sum, x + e, sizeof(Lane));
-      for (int i = 0; i < R; ++i) {
-        Lane q;
-        memcpy(&q, row[i] + e, sizeof(Lane));
-        sum -= c[i] * q;
+    rows_at<R, C>(rows, rank, done, first, ahead, row, next, [&] {
+      int64_t e = 0;
+      for (; e + W <= n; e += W) {
+        Lane sum;
+        memcpy(&sum, x + e, sizeof(Lane));
+        for (int i = 0; i < R; ++i) {
+          Lane q;
+          memcpy(&q, row[i] + e, sizeof(Lane));
+          sum -= coefficients[first + i] * q;
+        }
+        for (int i = 0; i < R + kMore; ++i) __builtin_prefetch(next[i] + e * int64_t(sizeof(C)), 0, 2);
+        memcpy(x + e, &sum, sizeof(Lane));
       }
-      memcpy(x + e, &sum, sizeof(Lane));
-    }
-    for (; e < n; ++e)
-      for (int i = 0; i < R; ++i) x[e] -= c[i] * row[i][e];
+      for (; e < n; ++e)
+        for (int i = 0; i < R; ++i) x[e] -= coefficients[first + i] * row[i][e];
+    });
   };
   int j = 0;
   for (; j + kTile <= rank; j += kTile) tile(std::integral_constant<int, kTile>{}, j);
@@ -236,6 +264,8 @@ struct StepSweep {
     if (in.strength != 0) anchors = momenta < 0 ? 3 : 4;
   }
 
+  int lists() const { return 3 + (momenta >= 0) + (anchors >= 0); }
+
   // The end of a block: V and W from x root.
   template <class C>
   void finish_block(const LowRankStep& in, const Operand* at, const int64_t* strides, int64_t done, int64_t m, C step, const C* root,
@@ -300,7 +330,9 @@ void low_rank_products(const Views& vectors, const Views& diagonal, const Views&
     sweep.part(p, [&](const Operand* at, const int64_t* strides, const RowSweep::Rows& rows, int64_t n) {
       each_block(n, [&](int64_t done, int64_t m) {
         scaled<C>(at, strides, 1, done, m, inverse, z);
-        dot_rows<C, false>(rows, rank, done, z, nullptr, m, sums);
+        Ahead ahead;
+        for (int list : {0, 1}) ahead.add(at[list], strides[list], done + kBlock);
+        dot_rows<C, false>(rows, rank, done, ahead, z, nullptr, m, sums);
         sums[rank] += dot_pair<C>(z, z, m);
       });
     });
@@ -319,7 +351,9 @@ void low_rank_update_(const Views& grads, const Views& diagonal, const Views& ba
     sweep.part(p, [&](const Operand* at, const int64_t* strides, const RowSweep::Rows& rows, int64_t n) {
       each_block(n, [&](int64_t done, int64_t m) {
         scaled_by_root<C>(at, strides, 1, done, m, root, x);
-        subtract_rows<C>(rows, rank, done, c.data(), m, x);
+        Ahead ahead;
+        for (int list : {0, 1}) ahead.add(at[list], strides[list], done + kBlock);
+        subtract_rows<C>(rows, rank, done, ahead, c.data(), m, x);
         multiply<C>(root, m, x);
         write_block<C>(x, at[1], strides[1], done, m);
       });
@@ -340,7 +374,9 @@ void low_rank_step_products(const LowRankStep& in, double* out, const Pool& pool
         scaled<C>(at, strides, StepSweep::kGrads, done, m, true, z);
         sweep.kept<C>(in, at, strides, done, m, y);
         scale<C>(y, reinterpret_cast<const C*>(block_of(at[0], 1, done)), m, false, y);
-        dot_rows<C, true>(rows, rank, done, z, y, m, sums);
+        Ahead ahead;
+        for (int list = 0; list < sweep.lists(); ++list) ahead.add(at[list], strides[list], done + kBlock);
+        dot_rows<C, true>(rows, rank, done, ahead, z, y, m, sums);
         sums[2 * rank] += dot_pair<C>(z, z, m);
         sums[2 * rank + 1] += dot_pair<C>(z, y, m);
         sums[2 * rank + 2] += dot_pair<C>(y, y, m);
@@ -361,7 +397,10 @@ void low_rank_step_update_(const LowRankStep& in, const double* coefficients, do
     sweep.rows.part(p, [&](const Operand* at, const int64_t* strides, const RowSweep::Rows& rows, int64_t n) {
       each_block(n, [&](int64_t done, int64_t m) {
         scaled_by_root<C>(at, strides, StepSweep::kGrads, done, m, root, x);
-        subtract_rows<C>(rows, rank, done, c.data(), m, x);
+        Ahead ahead;
+        for (int list = StepSweep::kParams; list < sweep.lists(); ++list) ahead.add(at[list], strides[list], done);
+        for (int list : {StepSweep::kDiagonal, StepSweep::kGrads}) ahead.add(at[list], strides[list], done + kBlock);
+        subtract_rows<C>(rows, rank, done, ahead, c.data(), m, x);
         sweep.finish_block<C>(in, at, strides, done, m, C(step), root, x);
       });
     });
