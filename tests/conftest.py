@@ -22,6 +22,13 @@ def device(request: pytest.FixtureRequest):
         yield name
 
 
+@pytest.fixture(params=[b for d, b in SERVING if d == "cpu"])
+def cpu_backend(request: pytest.FixtureRequest):
+    """Each backend that serves the CPU, for tests whose models stay there."""
+    with use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty is filled with NaN, so that an element nobody wrote shows."""

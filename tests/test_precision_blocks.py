@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastcl import DiagonalPrecision, KroneckerPrecision, use_backend
+from fastcl import DiagonalPrecision, KroneckerPrecision
 
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 class Net(nn.Module):
@@ -83,6 +77,7 @@ class Plain:
 DAMPINGS = [None, ("pi", 0.05), ("exact", 0.05)]
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("radius", [None, 0.5])
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("kind", [KroneckerPrecision, DiagonalPrecision])
@@ -134,6 +129,7 @@ def test_the_first_task_is_sgd_with_momentum_and_weight_decay():
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("damping", DAMPINGS)
 def test_missing_gradients(damping):
     model, precision = build(damping=damping)

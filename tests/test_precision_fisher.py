@@ -8,18 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastcl import DiagonalPrecision, KroneckerPrecision, use_backend
+from fastcl import DiagonalPrecision, KroneckerPrecision
 from fastcl.precision import _rows
 from fastcl.precision._layers import discover
 
 F64 = torch.float64
 CLASSES = 4
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 class Sequences(nn.Module):

@@ -10,16 +10,10 @@ import torch
 from torch import nn
 
 import fastcl
-from fastcl import DiagonalPrecision, KroneckerPrecision, use_backend
+from fastcl import DiagonalPrecision, KroneckerPrecision
 from fastcl.precision._factorise import decompose, factorise
 
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 class Net(nn.Module):
@@ -97,6 +91,7 @@ def test_the_prior_is_the_identity_over_the_number_of_data():
         assert not any("frozen" in name for name in names)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 def test_products_are_those_of_the_dense_matrix():
     model = net()
     factors, precision = factored(model)
@@ -125,6 +120,7 @@ def test_products_are_those_of_the_dense_matrix():
     torch.testing.assert_close(precision.quadratic(part), precision.quadratic(zeros), rtol=1e-14, atol=0)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_exact_damping_adds_a_multiple_of_the_identity(alpha):
     model = net()

@@ -124,6 +124,7 @@ def matrix_of(precision, alpha=0.0):
     return whole + alpha * torch.eye(start, dtype=F64)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("kind", ["mlp", "everything"])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_products(kind, rank):
@@ -206,6 +207,7 @@ def test_condition_numbers_in_float32():
 # ---- steps
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("kind", ["mlp", "everything"])
 @pytest.mark.parametrize("damping", [None, ("exact", 0.2)])
 @pytest.mark.parametrize(("momentum", "strength"), [(0.9, 0.7), (0.0, 1.0), (0.5, 0.0)])
