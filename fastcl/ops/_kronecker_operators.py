@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,14 +102,7 @@ def _ready(layers: Layers, written: Sequence[list[Tensor]], absent: Sequence[str
 
 
 def _stages(device: torch.device) -> Stage:
-    def stage(op: str) -> Callable[..., Any]:
-        try:
-            return backends.implementation(op, device)
-        except (AttributeError, ModuleNotFoundError):  # this backend does not have the stage yet
-            function: Callable[..., Any] = getattr(definition, op)
-            return function
-
-    return stage
+    return functools.partial(backends.implementation, device=device)
 
 
 def _device(tensors: Tensors) -> torch.device:
