@@ -421,7 +421,7 @@ def test_nan_in_a_vector_raises_before_anything_is_written(device, value, rank):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vectors_of_any_strides(device, layout):
-    shapes = [(60, 11), (2, 3, 4, 5), (333,), ()]
+    shapes = [(6, 11), (2, 3, 4, 5), (33,), ()] if INTERPRETED else [(60, 11), (2, 3, 4, 5), (333,), ()]
     form = low_rank_precision(shapes, F32, 3, device)
     plain, vectors = clone(form), spread(shapes, F32, device, 0)
     ops.low_rank_append_(*form, [[LAYOUTS[layout](t) for t in v] for v in vectors])
