@@ -136,7 +136,7 @@ def _columns(weights: Tensors, biases: Tensors, *matrices: Tensors) -> list[list
 
 
 def _numbers(double: bool, *values: float) -> tuple[Any, ...]:
-    return sum((number(float(v), double) for v in values), ())
+    return sum((number(v, double) for v in values), ())
 
 
 def _contracted(launch: Launch, double: bool) -> dict[str, Any]:

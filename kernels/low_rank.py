@@ -106,7 +106,7 @@ def _device(tensors: Tensors) -> torch.device:
 
 def _factors(launch: Launch, form: int, momentum: float, strength: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
     double = launch.columns[0][0].dtype == torch.float64
-    numbers = number(float(momentum), double) + number(float(strength), double)
+    numbers = number(momentum, double) + number(strength, double)
     dtype = tl.float64 if double else tl.float32
     return numbers, {"FORM": form, "MOMENTUM": momentum != 0, "STRENGTH": strength != 0, "DTYPE": dtype}
 

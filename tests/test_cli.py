@@ -86,7 +86,17 @@ class TestRun:
         options = [part for n, v in given.items() for part in ([f"--{n.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
         assert fastcl(capsys, "run", *options, "--out", tmp_path)[0] == 0
         assert read_config(tmp_path / "config.json") == Config.of(**given)
-        assert FIELDS.keys() - given.keys() == {"shuffle_classes", "root", "weight", "strength", "gamma", "child"}
+        assert FIELDS.keys() - given.keys() == {
+            "shuffle_classes",
+            "root",
+            "weight",
+            "strength",
+            "gamma",
+            "child",
+            "alpha",
+            "momentum",
+            "radius",
+        }
         help_ = fastcl(capsys, "run", "--help")[1]
         assert [n for n in FIELDS if f"--{n.replace('_', '-')} " not in help_ + " "] == []
 

@@ -495,7 +495,7 @@ def test_save_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch, trained):
     path = tmp_path / "spg.safetensors"
     spg.save(path)
     old = path.read_bytes()
-    monkeypatch.setattr("fastcl._checkpoint.save_file", boom)
+    monkeypatch.setattr("safetensors.torch.save_file", boom)
     with pytest.raises(KeyboardInterrupt):
         spg.save(path)
     assert path.read_bytes() == old
