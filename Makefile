@@ -1,6 +1,6 @@
 # Every target works in a fresh clone: it makes .venv, installs what it needs and builds fastcl first. Needs Python >= 3.10 and g++.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench methods gpu lint format wheel wheel-check clean
+.PHONY: help demo test test-all bench methods remember gpu lint format wheel wheel-check clean
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all    the slow ones too"
 	@echo "make bench       time the ops on this CPU; rewrites bench/results and README's tables"
 	@echo "make methods     train every method on two streams (minutes); rewrites the README's table of methods"
+	@echo "make remember    tune and train NCL and its peers (an hour); rewrites the README's findings"
 	@echo "make gpu         on a machine with an NVIDIA GPU: build, test, sanitize and time, without a venv"
 	@echo "make lint        ruff, mypy, clang-format     make format   apply them"
 	@echo "make wheel       a wheel in dist/             make wheel-check   try it under several torch versions (gigabytes)"
@@ -53,6 +54,11 @@ bench: $(VENV)/.built
 
 methods: $(VENV)/.built
 	$(BIN)/python bench/methods.py --require-green
+	$(BIN)/python bench/report.py
+
+remember: $(VENV)/.built
+	$(BIN)/python -m bench.remember --tune --require-green
+	$(BIN)/python -m bench.remember
 	$(BIN)/python bench/report.py
 
 gpu:

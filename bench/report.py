@@ -3,7 +3,7 @@
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
 ``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:finetune`` likewise shows
 docs/finetune_bert of examples/finetune_bert.py; ``bench:methods`` is made of
-bench/results/methods.json, from ``python -m bench.methods``.
+bench/results/methods.json, from ``python -m bench.methods``, and ``bench:remember`` of docs/remember/results.json, from ``python -m bench.remember``.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:  # run as a file: python bench/NAME.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import bench_ncl, bench_optim, machine, methods_report, targets
+from bench import bench_ncl, bench_optim, machine, methods_report, remember_report, targets
 from bench.cells import ORDER
 from bench.tables import number, table
 
@@ -30,6 +30,7 @@ RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
 DEMO = machine.ROOT / "docs" / "demo"
 FINETUNED = machine.ROOT / "docs" / "finetune_bert"
+REMEMBERED = machine.ROOT / "docs" / "remember"
 REQUIRED = {"cpu", "gpu"}  # the claim may be left out
 NONE = "not measured yet"
 NOTHING: dict[str, Any] = {"streams": []}
@@ -234,6 +235,12 @@ def finetune(folder: Path = FINETUNED) -> str:
     return "\n\n".join([note, table(head, rows, text=range(1)), "![accuracy against forgetting](docs/finetune_bert/results.png)"])
 
 
+def remember(folder: Path = REMEMBERED) -> str:
+    """What NCL and its peers remember, and which of the paper's findings hold."""
+    path = folder / "results.json"
+    return remember_report.section(json.loads(path.read_text())) if path.is_file() else NONE
+
+
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results of ops by device name."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != methods_report.FILE}
@@ -255,6 +262,7 @@ def sections(results: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any
         "gpu": "\n\n".join(section(r) for r in gpus) if gpus else NONE,
         "demo": demo(),
         "finetune": finetune(),
+        "remember": remember(),
         "methods": methods_report.section(trained) if trained else NONE,
     }
 
