@@ -3,7 +3,8 @@
 A section stands between ``<!-- bench:cpu -->`` and ``<!-- /bench:cpu -->``, likewise for ``bench:gpu`` and ``bench:claim`` (one sentence).
 ``bench:demo`` shows docs/demo, where ``python examples/spg_permuted_digits.py --out docs/demo`` writes; ``bench:finetune`` likewise shows
 docs/finetune_bert of examples/finetune_bert.py; ``bench:methods`` is made of
-bench/results/methods.json, from ``python -m bench.methods``, and ``bench:remember`` of docs/remember/results.json, from ``python -m bench.remember``.
+bench/results/methods.json, from ``python -m bench.methods``, and ``bench:remember`` of docs/remember/results.json, from
+``python -m bench.remember``.
 ``--check`` writes nothing and exits with 1 when the README does not say what the results say.
 """
 
