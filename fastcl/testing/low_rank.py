@@ -133,6 +133,7 @@ CASES = (
         bitwise=False,
         read_first=lambda gradient, stored: gradient + (1 + 2 * RANK - 1) * max(stored, 4),
         uint8=False,
+        pairs=False,
     ),
     OpCase(
         name="low_rank_step_",
@@ -144,5 +145,6 @@ CASES = (
         bitwise=False,
         read_first=lambda gradient, stored: gradient + (4 + 2 * RANK - 1) * max(stored, 4),
         uint8=False,
+        pairs=False,
     ),
 )
