@@ -37,7 +37,7 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/spg_permuted_digits.py
 
 # Two processes, a file in one of them; threads that wait for each other must not spin on the cores that they share.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.built
 	@echo "== tests"

@@ -14,6 +14,16 @@ NAMED = os.environ.get("FASTCL_BACKEND", "auto")
 SERVING = [(d, b) for d in DEVICES for b in backends.NAMES if b != "auto" and backends.why_not(b, d) is None and NAMED in ("auto", b)]
 
 
+# Files of a few minutes: begun first, so that two processes end together.
+LONG = {
+    f"test_{name}.py" for name in ("triton_interpreter", "sharded", "native", "package", "gate", "precision_parallel", "methods_parallel")
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(params=SERVING, ids=lambda p: f"{p[1]}-{p[0]}")
 def device(request: pytest.FixtureRequest):
     """A device, with the ops running on one of the backends that serve it."""
