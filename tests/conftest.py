@@ -7,6 +7,7 @@ import torch
 
 from fastcl import backends, use_backend
 from fastcl.reference import optimizers
+from layouts import INTERPRETED
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Without a named backend every one that can serve here is tested; with one (the interpreter run, the GPU run), that one.
@@ -22,6 +23,10 @@ LONG = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+    if INTERPRETED:
+        for item in items:
+            if "thread" in item.name:
+                item.add_marker(pytest.mark.skip(reason="Triton's interpreter is one thread's Python"))
 
 
 @pytest.fixture(params=SERVING, ids=lambda p: f"{p[1]}-{p[0]}")

@@ -218,7 +218,7 @@ def check_optimal(products, dots, v, margin, ridge):
 @pytest.mark.parametrize("kind", ["independent", "near-collinear", "duplicates", "scales"])
 @pytest.mark.parametrize(("margin", "ridge"), [(0.5, 1e-3), (0.0, 1e-3), (0.0, 0.0)])
 def test_gem_solves_its_programme(device, count, kind, margin, ridge):
-    if INTERPRETED and count > 3 and kind != "duplicates":
+    if INTERPRETED and count > 3 and (kind != "duplicates" or count == 64):
         pytest.skip("ten seconds each in Triton's interpreter, whose own suite has these")
     gen = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 100, dtype=torch.float64, generator=gen)
