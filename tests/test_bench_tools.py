@@ -228,7 +228,7 @@ README = "# A title\n\n<!-- bench:cpu -->\nold 1 \\1\n<!-- /bench:cpu -->\n\nbet
 
 def test_sections_are_replaced_between_their_markers_only_and_once():
     once, absent = report.updated(README, {"cpu": result(GPT)})
-    assert absent == ["claim", "demo", "finetune", "methods"]
+    assert absent == ["claim", "demo", "finetune", "remember", "methods"]
     assert once.startswith("# A title\n\n<!-- bench:cpu -->\n")
     assert once.endswith("<!-- bench:gpu -->\nnot measured yet\n<!-- /bench:gpu -->\nend\n")
     assert "old 1" not in once
