@@ -135,7 +135,7 @@ def fastcl(step: Step) -> None:
 
 @torch.no_grad()
 def eager(step: Step) -> None:
-    """METHODS' four lines in torch, inverses kept."""
+    """The four lines of the step in torch, inverses kept."""
     for (w, b), gradient, m, h, (a, g) in zip(step.params, step.grads, step.M, step.H, step.inverse_factors, strict=True):
         m.mul_(MOMENTUM).add_(joined(gradient)).add_(h, alpha=STRENGTH)
         v = g @ m @ a
