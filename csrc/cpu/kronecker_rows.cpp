@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/dtypes.h"
+#include "cpu/blocks.h"
 #include "cpu/kronecker.h"
 
 namespace fastcl::cpu {
@@ -75,24 +76,6 @@ FASTCL_CLONES void descend(Rows<C> x, Rows<C> by, int64_t rows, int64_t n, doubl
   }
 }
 
-template <class T, class C>
-FASTCL_CLONES void widen_run(const char* data, int64_t stride, int64_t n, C* out) {
-  const T* x = reinterpret_cast<const T*>(data);
-  if (stride == 1)
-    for (int64_t e = 0; e < n; ++e) out[e] = load<C>(x[e]);
-  else
-    for (int64_t e = 0; e < n; ++e) out[e] = load<C>(x[e * stride]);
-}
-
-template <class T, class C>
-FASTCL_CLONES void narrow_run(const C* x, char* data, int64_t stride, int64_t n) {
-  T* out = reinterpret_cast<T*>(data);
-  if (stride == 1)
-    for (int64_t e = 0; e < n; ++e) out[e] = store<T>(x[e]);
-  else
-    for (int64_t e = 0; e < n; ++e) out[e * stride] = store<T>(x[e]);
-}
-
 // A parameter of float64 keeps its digits over factors of float32.
 template <class T, class C>
 FASTCL_CLONES void descend_run(char* data, int64_t stride, const C* direction, int64_t n, double step) {
@@ -154,7 +137,7 @@ template <class C>
 void read_rows(const Homogeneous& x, const Block& block, Rows<C> out) {
   for (int64_t i = 0; i < block.rows; ++i)
     runs(x, block.row + i, block.begin, block.end, [&](const char* data, DType type, int64_t stride, int64_t n, int64_t done) {
-      with_floating(type, [&](auto t) { widen_run<typename decltype(t)::type, C>(data, stride, n, out.row(i) + done); });
+      with_floating(type, [&](auto t) { widen_strided<typename decltype(t)::type, C>(data, stride, n, out.row(i) + done); });
     });
 }
 
@@ -162,7 +145,7 @@ template <class C>
 void write_rows(const Homogeneous& x, const Block& block, Rows<C> from) {
   for (int64_t i = 0; i < block.rows; ++i)
     runs(x, block.row + i, block.begin, block.end, [&](char* data, DType type, int64_t stride, int64_t n, int64_t done) {
-      with_floating(type, [&](auto t) { narrow_run<typename decltype(t)::type, C>(from.row(i) + done, data, stride, n); });
+      with_floating(type, [&](auto t) { narrow_strided<typename decltype(t)::type, C>(from.row(i) + done, data, stride, n); });
     });
 }
 

@@ -1,7 +1,7 @@
 #include "core/pull.h"
 
 #include "core/dtypes.h"
-#include "cpu/joint.h"
+#include "cpu/blocks.h"
 #include "cpu/ops.h"
 
 namespace fastcl::cpu {
@@ -20,24 +20,6 @@ FASTCL_CLONES void run(C* g, const C* theta, const C* precision, const C* anchor
   for (int64_t e = 0; e < n; ++e) g[e] = op(g[e], theta[e], precision[e], anchor[e]);
 }
 
-template <class T, class C>
-FASTCL_CLONES void widen_run(const char* data, int64_t stride, int64_t n, C* out) {
-  const T* x = reinterpret_cast<const T*>(data);
-  if (stride == 1)
-    for (int64_t e = 0; e < n; ++e) out[e] = load<C>(x[e]);
-  else
-    for (int64_t e = 0; e < n; ++e) out[e] = load<C>(x[e * stride]);
-}
-
-template <class T, class C>
-FASTCL_CLONES void narrow_run(const C* x, char* data, int64_t stride, int64_t n) {
-  T* out = reinterpret_cast<T*>(data);
-  if (stride == 1)
-    for (int64_t e = 0; e < n; ++e) out[e] = store<T>(x[e]);
-  else
-    for (int64_t e = 0; e < n; ++e) out[e * stride] = store<T>(x[e]);
-}
-
 // Other dtypes and strides, by way of the compute type.
 template <class C>
 void run_blocks(const Operand* at, const int64_t* strides, int64_t n, double strength) {
@@ -47,9 +29,9 @@ void run_blocks(const Operand* at, const int64_t* strides, int64_t n, double str
     const auto stride_of = [&](int o) { return strides != nullptr ? strides[o] : 1; };
     const auto data_of = [&](int o) { return at[o].data + done * stride_of(o) * size_of(at[o].dtype); };
     for (int o = 0; o < kOperands; ++o)
-      with_floating(at[o].dtype, [&](auto t) { widen_run<typename decltype(t)::type, C>(data_of(o), stride_of(o), m, value[o]); });
+      with_floating(at[o].dtype, [&](auto t) { widen_strided<typename decltype(t)::type, C>(data_of(o), stride_of(o), m, value[o]); });
     run<C>(value[0], value[1], value[2], value[3], m, strength);
-    with_floating(at[0].dtype, [&](auto t) { narrow_run<typename decltype(t)::type, C>(value[0], data_of(0), stride_of(0), m); });
+    with_floating(at[0].dtype, [&](auto t) { narrow_strided<typename decltype(t)::type, C>(value[0], data_of(0), stride_of(0), m); });
   }
 }
 
