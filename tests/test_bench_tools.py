@@ -576,44 +576,21 @@ def test_optimizers_are_held_against_torchs_and_shown():
     )
 
 
-def stepped(call, params):
-    """What a provider's parameters are after two steps."""
-    call(), call()
-    return [torch.cat([t.detach().flatten() for t in p]) if isinstance(p, tuple) else p.detach().flatten() for p in params]
-
-
-@pytest.mark.parametrize("shapes", [((4, 5), (4, 5), (3, 7)), ((20, 33), (130, 140))], ids=["small", "one is large"])
+@pytest.mark.parametrize("shapes", [[(4, 4), (4, 4), (3, 6)], [(20, 32), (130, 139)]], ids=["small", "one is large"])
 def test_every_provider_of_ncls_step_does_the_same_step(monkeypatch, shapes):
-    monkeypatch.setattr(bench_ncl, "LR", 0.01)
-    layers, made = bench_ncl.Layers(shapes), []
-    own = layers.parameters
-    monkeypatch.setattr(layers, "parameters", lambda: made.append(own()) or made[-1])
-    results = []
-    for build in (bench_ncl.ours, bench_ncl.eager, bench_ncl.batched):
-        call = build(layers)
-        results.append(stepped(call, made[-1]))
-    start = [torch.cat([w.flatten(), b]) for w, b in own()]
+    made = []
+    monkeypatch.setitem(bench_ncl.kronecker.SIZES, "tested", shapes)
+    monkeypatch.setattr(bench_ncl.kronecker, "make", lambda *a, make=bench_ncl.kronecker.make, **k: made.append(make(*a, **k)) or made[-1])
+    for provider in bench_ncl.STEPS:
+        call = bench_ncl.step_of("tested", provider)
+        start = [torch.cat([w.flatten(), b]).clone() for w, b in made[-1].params]
+        call(), call()
+    results = [[torch.cat([w.flatten(), b]) for w, b in step.params] for step in made]
+    assert len(results) == 4
     for other in results[1:]:
         for a, b, s in zip(results[0], other, start, strict=True):
             assert (a - s).abs().max() > 0.01
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_the_official_step_is_the_same_up_to_where_the_bias_stands(monkeypatch):
-    monkeypatch.setattr(bench_ncl, "LR", 0.01)
-    layers = bench_ncl.Layers(((6, 9),))
-    made, concatenated, cat = [], [], torch.cat
-    own = layers.parameters
-    monkeypatch.setattr(layers, "parameters", lambda: made.append(own()) or made[-1])
-    monkeypatch.setattr(torch, "cat", lambda *a: concatenated.append(cat(*a)) or concatenated[-1])
-    call = bench_ncl.official(layers)
-    whole = concatenated[0]  # weight and bias, what the provider trains
-    monkeypatch.setattr(torch, "cat", cat)
-    call(), call()
-    ours = bench_ncl.ours(layers)
-    ours(), ours()
-    w, b = made[-1][0]
-    torch.testing.assert_close(whole.detach(), torch.cat([w, b[:, None]], 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -637,9 +614,8 @@ def test_every_provider_of_the_low_rank_step_does_the_same_step(monkeypatch, mom
 
 def test_both_mergings_find_the_same_posterior(monkeypatch):
     monkeypatch.setattr(bench_ncl, "MERGED", 12)
-    factors = bench_ncl.posteriors()
-    (left, right), (other_left, other_right) = bench_ncl.merge_ours(factors)(), bench_ncl.merge_official(factors)()
-    torch.testing.assert_close(torch.kron(left.double(), right.double()), torch.kron(other_left, other_right), rtol=1e-5, atol=1e-6)
+    official, ours = (torch.kron(*provider()).double() for provider in bench_ncl._merge().values())
+    assert (official - ours).norm() < 1e-2 * ours.norm()  # the official rounds end early
 
 
 def test_precisions_targets_name_rows_and_are_shown():

@@ -55,7 +55,7 @@ def train(model, loader, task, after_backward=None, lr=0.1, epochs=2):
 
 
 class NaiveSPG:
-    """METHODS in a few lines: backward() per batch, the formulas per tensor, Python loops."""
+    """SPG in a few lines: backward() per batch, the formulas per tensor, Python loops."""
 
     def __init__(self, model):
         self.model, self.tasks, self.importance = model, 0, {}

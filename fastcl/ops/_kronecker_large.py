@@ -1,7 +1,8 @@
-"""Large layers: the vendor's matrix products over blocks of rows, so that no temporary has a layer's size.
+"""Large layers: the vendor's matrix products over blocks, so that no temporary has a layer's size.
 
-All products run in the factors' dtype; under autocast too. A block has 2^18 elements, 128 rows or an eighth of all elements of the call,
-whatever is most: smaller ones would slow the products down by more than the last sweep gains.
+All products run in the factors' dtype; under autocast too. A block has 2^18 elements, 128 rows (columns) or an eighth of all elements of
+the call, whatever is most: smaller ones would slow the products down by more than the last sweep gains. Blocks are columns of M where that
+is possible: on a CPU products of few rows are slower than ones of few columns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastcl.ops._kronecker_layers import Layers
 
-LEAST_ROWS = 128
+LEAST = 128
 LEAST_ELEMENTS = 1 << 18
 SHARE = 8
 PAD = 16  # elements: rows of scratch start at a cache line
@@ -32,7 +33,7 @@ def buffer(m: int, n: int, like: Tensor) -> Tensor:
 
 
 class Scratch:
-    """Memory for some blocks of rows of any of the layers, which follow one another in it."""
+    """Memory for some blocks of rows or columns of any of the layers, which follow one another in it."""
 
     def __init__(self, layers: Layers, blocks: int = 1) -> None:
         sizes = [(g.size(0), a.size(0)) for a, g in zip(layers.A, layers.G, strict=True)]
@@ -41,12 +42,12 @@ class Scratch:
         self.memory = layers.A[0].new_empty(blocks * self.size)
 
     def rows(self, m: int, n: int) -> int:
-        """How many of ``m`` rows of ``n`` elements are a block: about equally many in each."""
-        most = max(LEAST_ROWS, max(LEAST_ELEMENTS, self.total // SHARE) // max(n, 1))
-        return m if most >= m else min(most, -(-m // (-(-m // most)) + 7) // 8 * 8)
+        """How many of ``m`` rows (columns) of ``n`` elements are a block: about equally many in each."""
+        most = max(LEAST, max(LEAST_ELEMENTS, self.total // SHARE) // max(n, 1))
+        return m if most >= m else -(-m // -(-m // most) // PAD) * PAD
 
     def blocks(self, m: int, n: int) -> Iterator[Block]:
-        """The blocks of ``m`` rows of ``n`` elements."""
+        """The blocks of ``m`` rows (columns) of ``n`` elements."""
         step = max(1, self.rows(m, n))
         return ((begin, min(m, begin + step)) for begin in range(0, m, step))
 
@@ -66,27 +67,37 @@ def matrix_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def direction_(V: Tensor, M: Tensor, A: Tensor, G: Tensor, scratch: Scratch) -> None:
     """``V <- G M A``."""
-    for begin, end in scratch.blocks(*M.shape):
-        T = scratch.matrix(end - begin, M.size(1))
-        _left(T, M, None, G, (begin, end))
-        _right(V[begin:end], T, A)
+    for columns, T in _left_by_columns(M, G, scratch):
+        if A.dim() == 1:
+            torch.mul(T, A[columns], out=V[:, columns])
+        elif columns.start == 0:
+            torch.mm(T, A[columns], out=V)
+        else:
+            V.addmm_(T, A[columns])
 
 
 def step_(weight: Tensor, bias: Tensor, M: Tensor, A: Tensor, G: Tensor, lr: float, scratch: Scratch) -> None:
     """``W <- W - lr G M A`` for a matrix of the factors' dtype: the second product accumulates into it."""
-    columns = weight.size(1)
-    for begin, end in scratch.blocks(*M.shape):
-        T = scratch.matrix(end - begin, M.size(1))
-        _left(T, M, None, G, (begin, end))
-        W = weight[begin:end]
+    last = weight.size(1)  # the column of the bias
+    for columns, T in _left_by_columns(M, G, scratch):
         if A.dim() == 1:
-            W.addcmul_(T[:, :columns], A[:columns], value=-lr)
+            own = weight[:, columns]
+            own.addcmul_(T[:, : own.size(1)], A[columns][: own.size(1)], value=-lr)
+            if bias.numel() and columns.stop > last:
+                bias.addcmul_(T[:, -1], A[last], value=-lr)
         else:
-            W.addmm_(T, A[:, :columns], alpha=-lr)
-        if bias.numel() and A.dim() == 1:
-            bias[begin:end].addcmul_(T[:, columns], A[columns], value=-lr)
-        elif bias.numel():
-            bias[begin:end].addmv_(T, A[:, columns], alpha=-lr)
+            weight.addmm_(T, A[columns, :last], alpha=-lr)
+            if bias.numel():
+                bias.addmv_(T, A[columns, last], alpha=-lr)
+
+
+def _left_by_columns(M: Tensor, G: Tensor, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of columns of ``G M``."""
+    m, n = M.shape
+    for begin, end in scratch.blocks(n, m):
+        T = scratch.matrix(m, end - begin)
+        _left(T, M[:, begin:end], None, G, (0, m))
+        yield slice(begin, end), T
 
 
 def apply_by_blocks_(layers: Layers, i: int, step: Tensor, apply: Callable[..., None], scratch: Scratch) -> None:

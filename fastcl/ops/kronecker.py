@@ -104,8 +104,8 @@ def ncl_step_(
     float32 H drifts by roundings, so refresh it now and then.
 
     Layers of at most 128 x 129 are one call, both products and all tails included. Larger ones are one sweep over M, g and H, and the
-    vendor's products in blocks of rows, of which the second adds to the weights: without a radius temporaries are one block (two, where
-    the weight is no matrix of the factors' dtype or ``lr`` a tensor) of 2^18 elements, 128 rows or an eighth of all elements, whatever is
+    vendor's products in blocks, of which the second adds to the weights: without a radius temporaries are one block (two, where the
+    weight is no matrix of the factors' dtype or ``lr`` a tensor) of 2^18 elements, 128 columns or an eighth of all elements, whatever is
     most. With a radius V is kept in ``workspace`` until ``q`` is known. Sums are float64, their order is fixed.
     A NaN or Inf in a gradient spreads over its layer, and with a radius over all layers. Not differentiable.
 

@@ -37,19 +37,19 @@ def _symmetric(name: str, X: Tensor) -> Tensor:
         if bool((X < 0).any()):
             raise ValueError(f"{name} is a diagonal and has the element {float(X.min()):.3g}; accepted are elements >= 0")
         return X
-    difference, scale = float((X - X.mT).abs().amax()) if X.numel() else 0.0, float(X.abs().amax()) if X.numel() else 0.0
+    difference, scale = float((X - X.mT).abs_().amax()) if X.numel() else 0.0, float(X.abs().amax()) if X.numel() else 0.0
     if difference > SYMMETRIC * scale:
         raise ValueError(
             f"{name} is not symmetric: elements differ from their mirror images by up to {difference:.3g}, the largest is {scale:.3g}; "
             f"accepted is a difference of {SYMMETRIC:g} of the largest"
         )
-    return (X + X.mT) / 2
+    return (X + X.mT).mul_(0.5)
 
 
 def _kl(B_L: Tensor, B_R: Tensor, C_L: Tensor, C_R: Tensor) -> Merge:
     d_L, d_R = _relative("B_L", B_L, "C_L", C_L), _relative("B_R", B_R, "C_R", C_R)
     e, f = _fixed_point(d_L, d_R)
-    return e[0] * B_L + e[1] * C_L, f[0] * B_R + f[1] * C_R
+    return (e[0] * B_L).add_(C_L, alpha=e[1]), (f[0] * B_R).add_(C_R, alpha=f[1])
 
 
 def _fixed_point(d_L: Tensor, d_R: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -111,13 +111,17 @@ def _relative(b_name: str, B: Tensor, c_name: str, C: Tensor) -> Tensor:
         )
     half = torch.linalg.solve_triangular(factor, C, upper=False)
     whole = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    d: Tensor = torch.linalg.eigvalsh((whole + whole.mT) / 2)
+    d: Tensor = torch.linalg.eigvalsh(whole)
     if len(d) and float(d[0]) < 0:
         _check_semidefinite(c_name, C)
     return d.clamp_(min=0).cpu()
 
 
 def _check_semidefinite(name: str, C: Tensor) -> None:
+    # A factor of few samples is singular and gets here by roundings: one Cholesky factorisation settles nearly all of them.
+    shifted = C + SYMMETRIC * C.diagonal().amax().clamp(min=0) * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    if not int(torch.linalg.cholesky_ex(shifted)[1]):
+        return
     values = torch.linalg.eigvalsh(C)
     if float(values[0]) < -SYMMETRIC * float(values.abs().amax()):
         raise ValueError(f"{name} must be positive semi-definite, and has the eigenvalue {float(values[0]):.3g}")

@@ -17,8 +17,8 @@ from fastcl import ops
 LR, MOMENTUM, STRENGTH = 1e-3, 0.9, 1.0
 # Outputs and inputs of layers with a bias.
 SIZES: dict[str, list[tuple[int, int]]] = {
-    "mlp 784-400-400-10": [(400, 784), (400, 400), (10, 400)],
-    "64 of 32x33 and 16 of 64x65": [(32, 32)] * 64 + [(64, 64)] * 16,
+    "MLP 784-400-400-10": [(400, 784), (400, 400), (10, 400)],
+    "64 of 32x33, 16 of 64x65": [(32, 32)] * 64 + [(64, 64)] * 16,
 }
 
 
