@@ -15,12 +15,12 @@ from torch import Tensor
 from fastcl import _distributed
 from fastcl._model import Slot
 from fastcl.ops import _sharded
-from fastcl.precision import _low_rank_block
+from fastcl.precision import _diagonal_block
 from fastcl.precision._blocks import State
 from fastcl.precision._buffers import padded, parts
+from fastcl.precision._diagonal_block import DiagonalBlock
 from fastcl.precision._factors import Factors
 from fastcl.precision._kronecker_block import MOMENTUM, PULL, KroneckerBlock, _multiply, _solve
-from fastcl.precision._low_rank_block import LowRankBlock
 
 
 def kronecker_block(layers: Sequence[Factors]) -> KroneckerBlock:
@@ -28,9 +28,9 @@ def kronecker_block(layers: Sequence[Factors]) -> KroneckerBlock:
     return (ShardedKroneckerBlock if _sharded.is_sharded([p for f in layers for p in f.params()]) else KroneckerBlock)(layers)
 
 
-def diagonal_block(slots: Sequence[Slot], value: float) -> LowRankBlock:
+def diagonal_block(slots: Sequence[Slot], value: float) -> DiagonalBlock:
     """The block for these parameters as they are now, with the diagonal ``value``."""
-    return (ShardedDiagonalBlock if _sharded.is_sharded([slot.parameter() for slot in slots]) else LowRankBlock)(slots, value)
+    return (ShardedDiagonalBlock if _sharded.is_sharded([slot.parameter() for slot in slots]) else DiagonalBlock)(slots, value)
 
 
 class ShardedKroneckerBlock(KroneckerBlock):
@@ -153,7 +153,7 @@ def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     return DTensor.from_local(own, d.device_mesh, d.placements, run_check=False, shape=d.shape, stride=d.stride())
 
 
-class ShardedDiagonalBlock(LowRankBlock):
+class ShardedDiagonalBlock(DiagonalBlock):
     """The diagonal block: nothing but the norm needs another rank."""
 
     _stepped: Sequence[int] = ()  # which parameters the direction that apply() takes is of
@@ -162,13 +162,13 @@ class ShardedDiagonalBlock(LowRankBlock):
     def begin(self, states: Sequence[State]) -> None:
         """``momentum_buffer``: a DTensor."""
         for p, d, state in zip(self.params, self.diagonal, states, strict=True):
-            if _low_rank_block.MOMENTUM not in state:
-                state[_low_rank_block.MOMENTUM] = _zeros(p, d.dtype)
+            if _diagonal_block.MOMENTUM not in state:
+                state[_diagonal_block.MOMENTUM] = _zeros(p, d.dtype)
 
     @torch.no_grad()
     def reset(self, states: Sequence[State]) -> None:
         """Momentum 0."""
-        for t in _sharded.shards([s[_low_rank_block.MOMENTUM] for s in states]):
+        for t in _sharded.shards([s[_diagonal_block.MOMENTUM] for s in states]):
             t.zero_()
 
     @torch.no_grad()
@@ -181,10 +181,10 @@ class ShardedDiagonalBlock(LowRankBlock):
     def direction(self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float) -> Tensor:
         """Sum of D V^2: one all-reduce."""
         live = self._stepped = self._advanced(grads, states, momentum, strength)
-        total = torch.zeros((), dtype=torch.float64, device=self.sigma.device)
+        total = torch.zeros((), dtype=torch.float64, device=self._sigma.device)
         if not live:
             return total
-        tensors = [states[i][_low_rank_block.MOMENTUM] for i in live]
+        tensors = [states[i][_diagonal_block.MOMENTUM] for i in live]
         mesh = _sharded.mesh_of(("state", tensors))
         for i, t, own, counts in zip(live, tensors, _sharded.shards(tensors), _sharded.counted(tensors, mesh), strict=True):
             if counts:
@@ -208,7 +208,7 @@ class ShardedDiagonalBlock(LowRankBlock):
         found = [g for g in grads if g is not None]
         _sharded.check_matching("grads", found, "params", params, one_element=False)
         for i, p, g in zip(live, params, found, strict=True):
-            v, own, grad = _sharded.shards([states[i][_low_rank_block.MOMENTUM], p, g])
+            v, own, grad = _sharded.shards([states[i][_diagonal_block.MOMENTUM], p, g])
             v.mul_(momentum)
             if strength:
                 v.add_((own.to(v.dtype) - _part(self._mu[i], p)) * strength)
@@ -218,6 +218,6 @@ class ShardedDiagonalBlock(LowRankBlock):
     def _walk(self, live: Sequence[int], states: Sequence[State], step: float | Tensor) -> None:
         params = [self.params[i] for i in live]
         for i, p in zip(live, _sharded.shards(params), strict=True):
-            (v,) = _sharded.shards([states[i][_low_rank_block.MOMENTUM]])
+            (v,) = _sharded.shards([states[i][_diagonal_block.MOMENTUM]])
             p.copy_(p.to(v.dtype) - v * (step.to(v.dtype) if isinstance(step, Tensor) else step))
         _sharded.bump_versions(params)

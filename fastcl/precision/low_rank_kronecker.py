@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
+from fastcl.precision._diagonal_block import DiagonalBlock
 from fastcl.precision._factors import Damping
-from fastcl.precision._low_rank_block import LowRankBlock
 from fastcl.precision._low_rank_factor import LowRankFactor
 from fastcl.precision._low_rank_merge import Factor, merge
 from fastcl.precision._numbers import whole
@@ -59,7 +59,7 @@ class LowRankKroneckerPrecision(Precision):
         self._factors = [SkinnyFactors(layer, self._n_data**-0.5, self._rank) for layer in self._layout.layers]
         self._skinny = SkinnyBlock(self._factors) if self._factors else None
         slots = [d.slot for d in self._layout.diagonal]
-        self._diagonal = LowRankBlock(slots, 1 / self._n_data) if slots else None
+        self._diagonal = DiagonalBlock(slots, 1 / self._n_data) if slots else None
         found: tuple[Block | None, ...] = (self._skinny, self._diagonal)
         self._blocks = tuple(block for block in found if block is not None)
 

@@ -1,4 +1,4 @@
-"""Parameters whose precision is a diagonal plus a few directions that run through all of them, as one block."""
+"""Parameters whose precision is a diagonal, as one block."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Lists(NamedTuple):
     basis: list[Tensor]
 
 
-class LowRankBlock:
-    """``Lambda = D^1/2 (I + Q^T sigma^2 Q) D^1/2``; with r = 0 rows in Q the diagonal D.
+class DiagonalBlock:
+    """``Lambda = D``: the low-rank step with a Q of no rows.
 
     The momentum is ``V <- momentum V + strength (W - mu) + Lambda^-1 g``, the same step as with the dual momentum, and no pull is kept.
     """
@@ -40,10 +40,10 @@ class LowRankBlock:
         self.diagonal = [torch.full(p.shape, value, dtype=compute_dtype(p), device=p.device) for p in params]
         self.damping = 0.0
         self.damped = self.diagonal
-        self.basis = [d.new_empty((0, *d.shape)) for d in self.diagonal]
-        self.sigma = torch.empty(0, dtype=torch.float64, device=params[0].device)
+        self._basis = [d.new_empty((0, *d.shape)) for d in self.diagonal]
+        self._sigma = torch.empty(0, dtype=torch.float64, device=params[0].device)
         self._mu = [torch.zeros_like(d) for d in self.diagonal]
-        self._kept: tuple[Lists, Tensor, float, float] | None = None
+        self._kept: tuple[Lists, float, float] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Without the direction that was kept for apply()."""
@@ -79,35 +79,34 @@ class LowRankBlock:
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """One call of ``low_rank_step_``."""
         if live := [i for i, g in enumerate(grads) if g is not None]:
-            ops.low_rank_step_(*self._lists(live, grads, states), self.sigma, lr, momentum, strength)
+            ops.low_rank_step_(*self._lists(live, grads, states), self._sigma, lr, momentum, strength)
 
     @torch.no_grad()
     def direction(self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float) -> Tensor:
-        """One sweep; V is not formed, its coefficients in the basis are kept."""
+        """One sweep; V is not formed."""
         live = [i for i, g in enumerate(grads) if g is not None]
         if not live:
             self._kept = None
-            return torch.zeros((), dtype=torch.float64, device=self.sigma.device)
-        lists, place = self._lists(live, grads, states), _place(self.sigma)
+            return torch.zeros((), dtype=torch.float64, device=self._sigma.device)
+        lists, place = self._lists(live, grads, states), _place(self._sigma)
         args = lists._replace(momenta=lists.momenta if momentum else [], anchors=lists.anchors if strength else [])
-        rank = len(self.sigma)
-        found = place.sums("low_rank_step_products", (2 * rank + 3,), *args, rest=(momentum, strength))
-        self._kept = args, stages.shrunk(self.sigma, found[:rank]), momentum, strength
-        return stages.direction_square(found, self.sigma)
+        found = place.sums("low_rank_step_products", (3,), *args, rest=(momentum, strength))
+        self._kept = args, momentum, strength
+        return stages.direction_square(found, self._sigma)
 
     @torch.no_grad()
     def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
         """The second sweep."""
         if self._kept is not None:
-            (args, coefficients, momentum, strength), self._kept = self._kept, None
+            (args, momentum, strength), self._kept = self._kept, None
             params, grads, momenta, *rest = args
-            _place(self.sigma).call.write(
-                "low_rank_step_update_", [params, momenta], grads, momenta, *rest, coefficients, step, momentum, strength
+            _place(self._sigma).call.write(
+                "low_rank_step_update_", [params, momenta], grads, momenta, *rest, self._sigma, step, momentum, strength
             )
 
     def _lists(self, live: Sequence[int], grads: Sequence[Tensor | None], states: Sequence[State]) -> Lists:
         params = self.params
-        columns: tuple[Sequence[Any], ...] = (params, grads, [s[MOMENTUM] for s in states], self._mu, self.damped, self.basis)
+        columns: tuple[Sequence[Any], ...] = (params, grads, [s[MOMENTUM] for s in states], self._mu, self.damped, self._basis)
         return Lists(*([column[i] for i in live] for column in columns))
 
     @torch.no_grad()
@@ -127,35 +126,28 @@ class LowRankBlock:
 
     @torch.no_grad()
     def solve_(self, tensors: Sequence[Tensor | None]) -> None:
-        """By Woodbury's identity, two sweeps."""
+        """``X <- X / D``."""
         rows = self._rows(tensors)
         if rows[0]:
-            ops.low_rank_solve_(*rows, self.sigma)
+            ops.low_rank_solve_(*rows, self._sigma)
 
     @torch.no_grad()
     def multiply_(self, tensors: Sequence[Tensor | None]) -> None:
-        """``X <- D^1/2 (z + Q^T sigma^2 Q z)``, ``z = D^1/2 X``."""
-        X, diagonal, basis = self._rows(tensors)
-        if len(self.sigma) and X:
-            along = _place(self.sigma).sums("low_rank_products", (len(self.sigma) + 1,), X, diagonal, basis, rest=(False,))[:-1]
-            along = self.sigma.square() * along
-        for x, d, q in zip(X, diagonal, basis, strict=True):
-            x.mul_(d)
-            if len(q):
-                x.addcmul_(d.sqrt(), torch.tensordot(along.to(q.dtype), q, 1))
+        """``X <- X D``."""
+        for x, d in zip(tensors, self.damped, strict=True):
+            if x is not None:
+                x.mul_(d)
 
     @torch.no_grad()
     def quadratic(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One sweep."""
         rows = self._rows(tensors)
         if not rows[0]:
-            return torch.zeros((), dtype=torch.float64, device=self.sigma.device)
-        return ops.low_rank_quadratic(*rows, self.sigma)
+            return torch.zeros((), dtype=torch.float64, device=self._sigma.device)
+        return ops.low_rank_quadratic(*rows, self._sigma)
 
     def _rows(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        if len(self.sigma):  # directions run through all parameters, so what is not there is 0 and changes with them
-            tensors = [torch.zeros_like(d) if t is None else t for t, d in zip(tensors, self.diagonal, strict=True)]
-        rows = [(t, d, q) for t, d, q in zip(tensors, self.damped, self.basis, strict=True) if t is not None]
+        rows = [(t, d, q) for t, d, q in zip(tensors, self.damped, self._basis, strict=True) if t is not None]
         return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
     def add_(self, more: Sequence[Tensor]) -> None:
@@ -171,16 +163,16 @@ class LowRankBlock:
         self.damp(self.damping)
 
     def damp(self, alpha: float) -> None:
-        """Use ``D + alpha`` in place of D. The basis is one for D^-1/2 U, so with directions the caller changes it, too."""
+        """Use ``D + alpha`` in place of D."""
         self.damping = alpha
         self.damped = [d + alpha for d in self.diagonal] if alpha else self.diagonal
 
     def follow(self) -> None:
         """Move to the device of the parameters."""
         device = self.params[0].device
-        if self.sigma.device != device:
-            self.diagonal, self.basis, self._mu = ([t.to(device) for t in own] for own in (self.diagonal, self.basis, self._mu))
-            self.sigma = self.sigma.to(device)
+        if self._sigma.device != device:
+            self.diagonal, self._basis, self._mu = ([t.to(device) for t in own] for own in (self.diagonal, self._basis, self._mu))
+            self._sigma = self._sigma.to(device)
             self.damp(self.damping)
 
 
