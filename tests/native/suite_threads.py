@@ -54,3 +54,21 @@ def test_threads_share_no_layer() -> None:
     native.ncl_apply_(weights, biases, H, V, M, 1e-3)
     assert native.kron_small_quadratic(weights, biases, A, G) == native.kron_small_quadratic(weights, biases, A, G)
     native.kron_small_(weights, biases, A, G)
+
+
+def test_threads_share_no_row() -> None:
+    native.set_pool(4, 3000)
+    rng = np.random.default_rng(0)
+    sizes, rank = (1, 40_000, 7, 90_001, 64), 5
+    params, grads, momenta, anchors = ([operand(random_values(rng, n, "f32"), "f32") for n in sizes] for _ in range(4))
+    diagonal = [operand(rng.random(n, np.float32) + 0.5, "f32") for n in sizes]
+    basis = [operand(random_values(rng, rank * n, "f32").reshape(rank, n), "f32") for n in sizes]
+    sigma, mix = list(np.linspace(2, 1, rank)), np.linalg.qr(rng.standard_normal((rank + 2, rank + 2)))[0]
+    lists = [params, grads, momenta, anchors, diagonal, basis]
+    along = list(native.low_rank_step_products(lists, 0.9, 0.7)[:rank])
+    native.low_rank_step_update_(lists, along, 0.1, 0.9, 0.7)
+    assert native.low_rank_products(grads, diagonal, basis, True).shape == (rank + 1,)
+    native.low_rank_update_(grads, diagonal, basis, along)
+    assert native.low_rank_gram(diagonal, basis, sigma, [params, grads]).shape == (rank + 2, rank + 2)
+    native.low_rank_compress_(diagonal, basis, sigma, [params, grads], mix)
+    native.low_rank_rotate_(basis, mix[:rank, :rank].copy())
