@@ -76,9 +76,8 @@ class LowRank:
         return run
 
     def yardstick(self) -> Call:
-        """8 r + 28 bytes per element, a step without momentum: 8 of them and half of Q before the sweep that writes."""
-        sweep = 12 * self.elements
-        return yardstick.build(yardstick.Traffic((8 * self.rank + 16) * self.elements, sweep), "cpu")
+        """8 r + 28 bytes per element, a step without momentum: twice Q, g and D, then the anchor beside the sweep that writes."""
+        return yardstick.over([self.basis, self.grad, self.diagonal], self.start.clone(), self.anchor, passes=2)
 
 
 def posteriors() -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Measure every cell with all providers side by side and write bench/results/<device>.json and .csv.
 
 ``python -m bench.compare`` measures the default cells; see ``--help``. Only a whole run is written as a result: one that is narrowed by
-``--op``, ``--size``, ``--dtype`` or ``--quick`` is printed, and written where ``--out`` says.
+``--op``, ``--size``, ``--dtype`` or ``--quick`` is printed, and written where ``--out`` says. ``--part`` measures whole parts again and
+keeps the others, if machine, software and settings are the same: no ratio is made of two parts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,47 +142,64 @@ def _progress(total: int) -> Iterator[Callable[[str], contextlib.AbstractContext
         yield doing
 
 
+PARTS = ("cells", "optimizers", "precision", "steps")
+
+
 def run(
-    chosen: Sequence[Cell], device: str, seconds: float, rounds: tuple[int, int], step: bool, everything: bool = False
+    chosen: Sequence[Cell],
+    device: str,
+    seconds: float,
+    rounds: tuple[int, int],
+    parts: Sequence[str] = PARTS,
+    everything: bool = False,
 ) -> dict[str, Any]:
-    """Measure the cells, and the training step, with a progress bar."""
-    pairs = list(itertools.product(bench_step.MODELS, bench_step.METHODS)) if step else []
-    optimizers = bench_optim.pairs() if step else []
-    precision = bench_ncl.ROWS if step and device == "cpu" else ()
-    with _progress(len(chosen) + len(optimizers) + len(precision) + len(pairs) + bool(precision)) as doing:
-        records = []
-        for cell in chosen:
-            with doing(str(cell)):
-                records.append(run_cell(cell, device, seconds, rounds, everything))
-        stepped = []
-        for name, size in optimizers:
-            with doing(f"{name} {size}"):
-                stepped.append(bench_optim.measure_optimizer(name, size, device, 4 * seconds, rounds))
-        solved = []
-        for row in precision:
-            with doing(f"{row.op} {row.size}"):
-                solved.append(bench_ncl.measure_row(row, 4 * seconds, rounds))
-        steps = []
-        if precision:
-            with doing("training step, NCL"):
-                steps.append(bench_ncl.measure_training(4 * seconds, STEP_ROUNDS))
-        for model, method in pairs:
-            with doing(f"training step, {model}, {method}"):
-                steps.append(bench_step.measure_step(model, method, device, 4 * seconds, STEP_ROUNDS))
-    return {
-        "format": 1,
-        "machine": machine.facts(device),
-        "settings": {
-            "seconds_per_cell": seconds,
-            "rounds": list(rounds),
-            "order": "random in each round",
-            "memory": measure.MEMORY_METHOD[device],
-        },
-        "cells": records,
-        "optimizers": stepped,
-        "precision": solved,
-        "steps": steps,
-    }
+    """Measure the parts of the result that are named, with a progress bar."""
+    longer = 4 * seconds
+    work: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {part: [] for part in parts}
+    if "cells" in parts:
+        work["cells"] = [(str(c), partial(run_cell, c, device, seconds, rounds, everything)) for c in chosen]
+    if "optimizers" in parts:
+        work["optimizers"] = [
+            (f"{n} {s}", partial(bench_optim.measure_optimizer, n, s, device, longer, rounds)) for n, s in bench_optim.pairs()
+        ]
+    if "precision" in parts and device == "cpu":
+        work["precision"] = [(f"{row.op} {row.size}", partial(bench_ncl.measure_row, row, longer, rounds)) for row in bench_ncl.ROWS]
+    if "steps" in parts:
+        if device == "cpu":
+            work["steps"].append(("training step, NCL", partial(bench_ncl.measure_training, longer, STEP_ROUNDS)))
+        for model, method in itertools.product(bench_step.MODELS, bench_step.METHODS):
+            measured = partial(bench_step.measure_step, model, method, device, longer, STEP_ROUNDS)
+            work["steps"].append((f"training step, {model}, {method}", measured))
+    records: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    with _progress(sum(map(len, work.values()))) as doing:
+        for part, tasks in work.items():
+            for what, measured in tasks:
+                with doing(what):
+                    records[part].append(measured())
+    return {"format": 1, "machine": machine.facts(device), "settings": settings(device, seconds, rounds), **records}
+
+
+def settings(device: str, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
+    """How a run measures."""
+    order, memory = "random in each round", measure.MEMORY_METHOD[device]
+    return {"seconds_per_cell": seconds, "rounds": list(rounds), "order": order, "memory": memory}
+
+
+def stored(folder: Path, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The stored result, some of whose parts are measured again.
+
+    Raises:
+        ValueError: there is none, or its machine, software or settings are others.
+    """
+    path = folder / f"{facts['name']}.json"
+    if not path.is_file():
+        raise ValueError(f"{path.name} is not there yet: run all parts once")
+    result: dict[str, Any] = json.loads(path.read_text())
+    compared = [(key, value, result["machine"].get(key)) for key, value in facts.items() if key not in {"commit", "date"}]
+    for what, own, other in (*compared, ("settings", settings, result["settings"])):
+        if own != other:
+            raise ValueError(f"{path.name} has {what} {other!r}, this run {own!r}: run all parts")
+    return {**{part: [] for part in PARTS}, **result}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,6 +213,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--all", action="store_true", help="every dtype for every size, and torch.compile wherever it ends within a minute")
     p.add_argument("--quick", action="store_true", help="two small sizes, three rounds: shows that it runs, measures nothing")
     p.add_argument("--require-green", action="store_true", help="run the ops' tests first and stop if they are red")
+    p.add_argument(
+        "--part", action="append", choices=PARTS, default=[], help="measure only this part again, and keep the others of the stored result"
+    )
     p.add_argument("--out", type=Path, help="folder for the results (default: bench/results, for a whole run only)")
     return p
 
@@ -211,10 +233,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bench: {red}", file=sys.stderr)
             return 1
     narrowed = bool(args.op or args.size or args.dtype or args.quick)
+    if narrowed and args.part:
+        print("bench: --part takes whole parts: not with --op, --size, --dtype or --quick", file=sys.stderr)
+        return 1
     sizes, dtypes = (args.size or QUICK["sizes"], args.dtype or QUICK["dtypes"]) if args.quick else (args.size, args.dtype)
     seconds, rounds = (0.2, (3, 3)) if args.quick else (args.seconds, (5, 400))
-    result = run(cells(args.op, sizes, dtypes, args.all), args.device, seconds, rounds, step=not narrowed, everything=args.all)
     folder = args.out or (None if narrowed else RESULTS)
+    others: dict[str, Any] = {}
+    if folder is not None and args.part:
+        try:
+            others = stored(folder, machine.facts(args.device), settings(args.device, seconds, rounds))
+        except ValueError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+    parts = args.part or (("cells",) if narrowed else PARTS)
+    result = run(cells(args.op, sizes, dtypes, args.all), args.device, seconds, rounds, parts, args.all)
+    result |= {part: records for part, records in others.items() if part in PARTS and part not in parts}
     print(report.section(result, pictures=False))
     if folder is not None:
         print(f"written: {write(result, folder).name} and .csv")

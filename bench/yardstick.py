@@ -8,7 +8,7 @@ of bytes, a third of the sweep's written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def traffic(case: OpCase, elements: int, dtype: torch.dtype, stored: torch.dtype
 
 
 def _words(size: int, device: str) -> Tensor:
-    length = max(WORD, -(-size // WORD) * WORD)
+    length = -(-size // WORD) * WORD
     # Written once here: the kernel backs untouched pages with one shared page of zeros, which would make reading them free.
     return torch.randint(0, 2**31 - 1, (length // 4,), dtype=torch.int32, device=device)
 
@@ -61,33 +61,38 @@ def source(device: str) -> str:
 def build(amount: Traffic, device: str) -> Callable[[], object]:
     """A call that moves ``amount`` on ``device``."""
     written, other = _words(amount.sweep // 3, device), _words(amount.sweep // 3, device)
-    read = _words(amount.read, device) if amount.read else None
-    module = native(device)
+    return over([_words(amount.read, device)] if amount.read else [], written, other)
+
+
+def over(read: Sequence[Tensor], written: Tensor, other: Tensor, passes: int = 1) -> Callable[[], object]:
+    """A call that reads ``read``, ``passes`` times, and then ``other`` and ``written``, which it writes: contiguous, of whole words."""
+    module = native(written.device.type)
+    bytes_written, bytes_other = [written.view(torch.uint8).view(-1)], [other.view(torch.uint8).view(-1)]
+    bytes_read = [t.view(torch.uint8).view(-1) for t in read]
 
     def compiled() -> None:
-        if read_bytes is not None:
-            module.yardstick_read(read_bytes)
-        if amount.sweep:
+        for _ in range(passes if bytes_read else 0):
+            module.yardstick_read(bytes_read)
+        if written.numel():
             module.yardstick_(bytes_written, bytes_other)
 
     def plain() -> None:
-        if read is not None:
-            read.amax()
-        if amount.sweep:
-            written.bitwise_xor_(other)
+        for _ in range(passes):
+            for t in read:
+                t.amax()
+        if written.numel():
+            bytes_written[0].bitwise_xor_(bytes_other[0])
 
     if module is None:
         return plain
-    bytes_written, bytes_other = [written.view(torch.uint8)], [other.view(torch.uint8)]
-    read_bytes = None if read is None else [read.view(torch.uint8)]
-    _prove(module, bytes_written, bytes_other, read_bytes)
+    _prove(module, bytes_written, bytes_other, bytes_read)
     return compiled
 
 
-def _prove(module: Any, written: list[Tensor], other: list[Tensor], read: list[Tensor] | None) -> None:
+def _prove(module: Any, written: list[Tensor], other: list[Tensor], read: list[Tensor]) -> None:
     """A compiled function answers a refusal instead of raising: a yardstick that refused would look infinitely fast."""
     expected = written[0][:WORD] ^ other[0][:WORD]
-    refusals = [module.yardstick_(written, other), None if read is None else module.yardstick_read(read)]
+    refusals = [module.yardstick_(written, other), module.yardstick_read(read) if read else None]
     refused = [r for r in refusals if isinstance(r, str)]
     if refused or not torch.equal(written[0][:WORD], expected):
         raise RuntimeError(f"the yardstick did not sweep its buffers: {'; '.join(refused) or 'wrong bits'}")

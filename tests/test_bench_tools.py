@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -408,6 +409,33 @@ def test_a_narrowed_run_is_not_written_as_a_result(monkeypatch, capsys):
     assert "gpt2-small" in capsys.readouterr().out
 
 
+def test_a_part_is_measured_again_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+    facts, settings = machine.facts("cpu"), compare.settings("cpu", 2.0, (5, 400))
+    first = {**result(GPT), "machine": {**facts, "date": "2020-01-01"}, "settings": settings, "steps": ["old"], "optimizers": []}
+    compare.write(first, tmp_path)
+    measured = []
+    monkeypatch.setattr(compare, "_progress", lambda total: contextlib.nullcontext(lambda what: contextlib.nullcontext()))
+    monkeypatch.setattr(compare.bench_ncl, "measure_training", lambda *a: measured.append("NCL") or "NCL")
+    monkeypatch.setattr(compare.bench_step, "measure_step", lambda model, method, *a: measured.append((model, method)) or "new")
+    monkeypatch.setattr(compare.report, "section", lambda *a, **k: "shown")
+    monkeypatch.setattr(compare.targets, "of", lambda r: [])
+    assert compare.main(["--part", "steps", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert found["steps"] == ["NCL", *["new"] * (len(measured) - 1)]
+    assert len(measured) > 3
+    assert found["cells"] == json.loads(json.dumps(first["cells"]))
+    assert found["machine"]["date"] == facts["date"] != "2020-01-01"
+    (tmp_path / "cpu.json").write_text(json.dumps({**found, "machine": {**facts, "torch": "1.0"}}))
+    measured.clear()
+    assert compare.main(["--part", "steps", "--out", str(tmp_path)]) == 1
+    assert "cpu.json has torch '1.0', this run" in capsys.readouterr().err
+    assert compare.main(["--part", "steps", "--out", str(tmp_path / "none")]) == 1
+    assert "cpu.json is not there yet: run all parts once" in capsys.readouterr().err
+    assert compare.main(["--part", "steps", "--quick"]) == 1
+    assert "--part takes whole parts" in capsys.readouterr().err
+    assert not measured
+
+
 @pytest.mark.parametrize(
     ("gpu", "name"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("Tesla T4", "t4"), ("NVIDIA A100-SXM4-40GB", "a100")],
@@ -426,9 +454,23 @@ def test_a_yardstick_that_refuses_is_an_error():
 
     words = [torch.arange(64, dtype=torch.uint8)]
     with pytest.raises(RuntimeError, match="not contiguous"):
-        yardstick._prove(Refusing, words, words, None)
+        yardstick._prove(Refusing, words, words, [])
     with pytest.raises(RuntimeError, match="wrong bits"):
-        yardstick._prove(Idle, words, words, None)
+        yardstick._prove(Idle, words, words, [])
+
+
+def test_a_yardstick_over_given_tensors_reads_them_and_writes_one():
+    read, written, other = torch.ones(3, 16), torch.arange(32.0), torch.arange(32.0).flip(0)
+    expected = written.view(torch.int32) ^ other.view(torch.int32)
+    kept = other.clone()
+    call = yardstick.over([read], written, other, passes=2)
+    if torch.equal(written, torch.arange(32.0)):  # what shows that it sweeps has swept once
+        call()
+    assert torch.equal(written.view(torch.int32), expected)
+    call()
+    assert torch.equal(written, torch.arange(32.0))
+    assert torch.equal(other, kept)
+    assert torch.equal(read, torch.ones(3, 16))
 
 
 def test_facts_name_no_host_and_no_path():

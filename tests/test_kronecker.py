@@ -579,9 +579,7 @@ def test_dtensors_are_sent_to_the_optimizer(device):
     numbers=st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 10)),
     radius=st.none() | st.floats(1e-3, 1e3),
 )
-@hypothesis.settings(
-    max_examples=10 if INTERPRETED else 60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
-)
+@hypothesis.settings(max_examples=10 if INTERPRETED else 60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_list(device, drawn, narrow, numbers, radius):
     wide = DOUBLE if narrow == DOUBLE else torch.float32
     step = cases.make([(m, n) for m, n, _, _ in drawn], wide, device, narrow=narrow)
