@@ -10,9 +10,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import lr_scheduler
+from torch.testing._internal.two_tensor import TwoTensor
 
-from fastcl import DiagonalPrecision, KroneckerPrecision
+from fastcl import DiagonalPrecision, KroneckerPrecision, LowRankKroneckerPrecision, LowRankPrecision
 from fastcl.optim import NCL
 from layouts import identical
 from precisions import F64, Dense, anchors, factors, give, layer_grads, linear, mlp, precision, weights
@@ -185,7 +187,7 @@ def test_the_pull_is_refreshed_on_time(device, monkeypatch):
     assert seen == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
 
 
-@pytest.mark.parametrize("write", ["copy_", "add_", "load_state_dict", "index"])
+@pytest.mark.parametrize("write", ["copy_", "add_", "load_state_dict", "index", "data"])
 def test_the_pull_follows_a_write_from_outside(device, monkeypatch, write):
     model = mlp()
     optimizer = NCL(model, precision(model), lr=0.4, momentum=0.0)
@@ -198,6 +200,8 @@ def test_the_pull_follows_a_write_from_outside(device, monkeypatch, write):
             model[0].bias.add_(1)
         elif write == "index":
             model[2].weight[0] = 2.0
+        elif write == "data":
+            vector_to_parameters(parameters_to_vector(model.parameters()) + 0.5, model.parameters())
         else:
             model.load_state_dict(mlp().state_dict())
     dense = Dense(model, factors(model), anchors(model), 0.4 / 20, 0.0, 1.0)
@@ -447,6 +451,100 @@ def test_a_frozen_parameter_rests(device):
     give(model, 1, missing=("2.weight",))
     optimizer.step()
     assert identical(model[2].weight.detach(), before)
+
+
+def state_of(optimizer):
+    return [t.clone() for _, t in tensors(optimizer)]
+
+
+@pytest.mark.parametrize("form", [KroneckerPrecision, LowRankKroneckerPrecision])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_half_a_layer_cannot_be_frozen_afterwards(device, form, which):
+    model = mlp()
+    optimizer = NCL(model, form(model, n_data=20), lr=0.4)
+    run(model, optimizer, [0])
+    getattr(model[0], which).requires_grad_(False)
+    kept, state = copy.deepcopy(model), state_of(optimizer)
+    give(model, 1, missing=(f"0.{which}",))
+    with pytest.raises(ValueError, match=f"'0.{which}' is frozen and the other parameter of layer '0' has a gradient"):
+        optimizer.step()
+    assert same_parameters(model, kept)
+    assert all(map(identical, state, state_of(optimizer)))
+
+
+def test_half_a_layer_that_is_frozen_from_the_beginning_rests(device):
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    optimizer = NCL(model, KroneckerPrecision(model, n_data=20), lr=0.4)
+    bias = model[0].bias.detach().clone()
+    run(model, optimizer, range(3), missing=("0.weight",))
+    assert identical(model[0].weight.detach(), before)
+    assert not torch.equal(model[0].bias, bias)
+
+
+def test_a_parameter_that_was_replaced_is_named(device):
+    model = mlp()
+    optimizer = NCL(model, precision(model), lr=0.4)
+    run(model, optimizer, [0])
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    give(model, 1)
+    with pytest.raises(RuntimeError, match=r"'0\.weight'.*no longer what this optimizer was built with"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("radius", [None, 0.05])
+@pytest.mark.parametrize("form", [DiagonalPrecision, KroneckerPrecision, LowRankPrecision])
+def test_parameters_of_several_dtypes(device, form, radius):
+    model = nn.ModuleList([nn.Linear(3, 4), nn.LayerNorm(4), nn.LayerNorm(4).double()])
+    peer = copy.deepcopy(model)
+    optimizer = NCL(model, form(model, n_data=20), lr=0.4, radius=radius)
+    official = torch.optim.SGD(peer.parameters(), lr=0.4, momentum=0.9, weight_decay=1 / 20)
+    lengths = []
+    for step in range(3):
+        give(model, step)
+        give(peer, step)
+        before = [p.detach().to(F64, copy=True) for p in model.parameters()]
+        optimizer.step()
+        official.step()
+        moved = [p.detach().double() - b for p, b in zip(model.parameters(), before, strict=True)]
+        lengths.append(math.sqrt(sum(float(m.square().sum()) for m in moved) / 20))
+    if radius is None:
+        assert apart(model, peer) < 1e-5
+    else:
+        assert max(lengths) == pytest.approx(radius, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", [DiagonalPrecision, KroneckerPrecision, LowRankPrecision, LowRankKroneckerPrecision])
+@pytest.mark.parametrize("radius", [None, 0.1])
+def test_a_refused_gradient_of_a_single_block_writes_nothing(device, form, radius):
+    model = mlp()
+    optimizer = NCL(model, form(model, n_data=20), lr=0.4, radius=radius)
+    run(model, optimizer, [0])
+    kept, state = copy.deepcopy(model), state_of(optimizer)
+    for spoil, error in ((torch.Tensor.to_sparse, TypeError), (lambda g: TwoTensor(g, g.clone()), TypeError)):
+        give(model, 1)
+        model[2].weight.grad = spoil(model[2].weight.grad)
+        with pytest.raises(error, match=r"grads\[|gradient of '2\.weight'"):
+            optimizer.step()
+        assert same_parameters(model, kept)
+        assert all(map(identical, state, state_of(optimizer)))
+
+
+@pytest.mark.parametrize("form", [DiagonalPrecision, KroneckerPrecision, LowRankPrecision, LowRankKroneckerPrecision])
+@pytest.mark.parametrize("radius", [None, 0.1])
+def test_gradients_of_a_subclass_with_memory_count_as_tensors(device, form, radius):
+    class Named(torch.Tensor):
+        pass
+
+    model, peer = mlp(), mlp()
+    for m, wrap in ((model, True), (peer, False)):
+        optimizer = NCL(m, form(m, n_data=20), lr=0.4, radius=radius)
+        give(m, 0)
+        if wrap:
+            m[2].weight.grad = m[2].weight.grad.as_subclass(Named)
+        optimizer.step()
+    assert same_parameters(model, peer)
 
 
 @pytest.mark.parametrize("radius", [None, 0.1])

@@ -33,8 +33,8 @@ def check_numbers(group: Mapping[str, Any], **named: str) -> None:
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Dense gradients of their parameters' shapes and devices. Raises TypeError or ValueError naming the gradient."""
     # This is asked once more by the operator, with the rest; only what does not fit is worth a message here.
-    kinds = {(g.layout, g.dtype) for g in grads}
-    fits = all(layout == torch.strided and dtype in _checks.FLOATING for layout, dtype in kinds)
+    kinds = {(type(g), g.layout, g.dtype) for g in grads}
+    fits = all(kind is Tensor and layout == torch.strided and dtype in _checks.FLOATING for kind, layout, dtype in kinds)
     if fits and [g.device for g in grads] == [p.device for p in params] and all(map(Tensor.is_same_size, grads, params)):
         return
     _checks.dense("grads", grads, _checks.FLOATING)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcl import _distributed
+from fastcl._model import some
 from fastcl.ops import _checks, _sharded
 from fastcl.optim import _saved
 from fastcl.optim._numbers import check_gradients, check_numbers, device_lr
@@ -43,22 +45,28 @@ class NCL(torch.optim.Optimizer):
 
     Kronecker-factored layers keep ``M`` ("dual_momentum") and ``H = Lambda (W - mu)`` ("pull"), which follows the parameters by
     ``H <- H - s M``: a step costs two matrix products for each layer, and the norm is ``<M, V>``. ``H`` is computed anew after ``refresh``
-    steps, and at once after a parameter was written to by anything else (its version tells). Other blocks keep ``V`` ("momentum_buffer").
-    Nothing waits for the device. When the precision has changed (``precision.version``: a task has ended), momenta begin again from 0.
+    steps, and at once after a parameter was written to by anything else: its version or its address tells, so writes in place through
+    ``.data`` or NumPy go unnoticed. Other blocks keep ``V`` ("momentum_buffer"). Nothing waits for the device. When the precision has
+    changed (``precision.version``: a task has ended), momenta begin again from 0.
 
-    State is float64 for float64 parameters, else float32. Gradients that are None leave their layer alone; where only one of weight and
-    bias has one, the other's counts as 0. A NaN or Inf in a gradient makes its layer's parameters NaN, with ``radius`` or a learning rate
-    that is a tensor those of every layer that has a gradient, as the norm is NaN then: use a GradScaler, or look at the loss, where it may
-    happen. ``state_dict`` holds momenta, pulls and counters, not the precision, which has a ``state_dict`` of its own: load that first.
+    State is float64 for float64 parameters, else float32. With bfloat16 or float16 parameters steps of less than half a unit in the last
+    place are lost while ``H`` counts them, until it is computed anew: train float32 parameters under autocast, or with ``refresh=1``.
+
+    Gradients that are None leave their layer alone; where only one of weight and bias has one, the other's counts as 0, and both move: the
+    factors couple them. A NaN or Inf in a gradient makes its layer's parameters NaN (with :class:`fastcl.DiagonalPrecision` its parameter,
+    with :class:`fastcl.LowRankPrecision` all), with ``radius`` those of every layer that has a gradient, as the norm is NaN then: use a
+    GradScaler, or look at the loss, where it may happen. ``state_dict`` holds momenta, pulls and counters, not the precision, which has a
+    ``state_dict`` of its own: load that first.
 
     Args:
-        model: the module that is trained. Freezing parameters later is fine; new ones need a new precision and a new optimizer.
+        model: the module that is trained. Whole layers may be frozen later; to train the weight or the bias of a layer alone, freeze the
+            other before the precision is built. New parameters need a new precision and a new optimizer.
         precision: the precision of this model, such as :class:`fastcl.KroneckerPrecision`. Its ``n_data`` turns the paper's learning rate
             into the step's.
         lr: finite number >= 0, or a tensor of one element on the device.
         momentum: finite number >= 0.
         strength: lambda, how much the pull towards ``mu`` counts: finite number >= 0; 1 is Bayes' rule, 0 the projection alone.
-        radius: number > 0, the longest step in the norm of Lambda; None for no bound.
+        radius: number > 0, the longest step in the norm of Lambda, up to the rounding of the parameters; None for no bound.
         refresh: whole number >= 1: steps from one exact ``H`` to the next, which costs about one step more. In float32 ``H`` loses about
             1e-7 of its size per step while the parameters move a lot.
 
@@ -106,7 +114,7 @@ class NCL(torch.optim.Optimizer):
         self._precision = precision
         self._seen: int | None = None  # the precision's version that momenta and pulls belong to
         self._since = 0  # steps since pulls were exact
-        self._versions: list[int] | None = None  # of the parameters after the latest step
+        self._versions: list[tuple[int, int]] | None = None  # of the parameters after the latest step
         covered = {id(p) for block in precision.blocks for p in block.params}
         params = [p for p in model.parameters() if id(p) in covered]
         super().__init__(params, {"lr": lr, "momentum": momentum, "strength": strength, "radius": radius, "refresh": refresh})
@@ -146,7 +154,9 @@ class NCL(torch.optim.Optimizer):
             What ``closure`` returns.
 
         Raises:
-            TypeError, ValueError: a hyper-parameter of the group outside its range, gradients that do not fit. Nothing has been written.
+            TypeError, ValueError: a hyper-parameter of the group outside its range, gradients that do not fit, a frozen parameter whose
+                layer's other one has a gradient. Nothing has been written.
+            RuntimeError: a parameter of the model has been replaced.
         """
         loss = None
         if closure is not None:
@@ -164,8 +174,15 @@ class NCL(torch.optim.Optimizer):
         # What a tensor holds stays on the device: looking at it would wait in every step.
         self._check_group({**group, "lr": 0.0} if isinstance(lr, Tensor) and lr.numel() == 1 and lr.is_floating_point() else group)
         rows = []
+        own = set(map(id, group["params"]))
         for block in self._precision.blocks:
-            grads = [p.grad for p in block.params]
+            strangers = [name for name, p in zip(block.names, block.params, strict=True) if id(p) not in own]
+            if strangers:
+                raise RuntimeError(
+                    f"{some(strangers)} of the model: no longer what this optimizer was built with, but replaced or loaded with "
+                    "assign=True; build a new optimizer"
+                )
+            grads = [None if p.grad is None else _exact(name, p.grad) for name, p in zip(block.names, block.params, strict=True)]
             if any(g is not None for g in grads):
                 rows.append(_Row(block, grads, [self.state[p] for p in block.params]))
         if not rows:
@@ -179,7 +196,7 @@ class NCL(torch.optim.Optimizer):
         else:
             self._bounded(rows, device_lr(group, rows[0].block.params[0]), group["radius"], momentum, strength)
         self._since += 1
-        self._versions = [p._version for p in group["params"]]
+        self._versions = _marks(group["params"])
 
     def _bounded(self, rows: list[_Row], lr: Any, radius: float | None, momentum: float, strength: float) -> None:
         """A step whose size is decided on the device."""
@@ -201,7 +218,7 @@ class NCL(torch.optim.Optimizer):
                 states = [self.state[p] for p in block.params]
                 (block.reset if any(states) else block.begin)(states)
             self._seen, self._since = version, 0
-        elif self._since >= group["refresh"] or (self._versions is not None and self._versions != [p._version for p in group["params"]]):
+        elif self._since >= group["refresh"] or (self._versions is not None and self._versions != _marks(group["params"])):
             for block in self._precision.blocks:
                 block.refresh([self.state[p] for p in block.params])
             self._since = 0
@@ -267,10 +284,19 @@ class NCL(torch.optim.Optimizer):
                 self.state[p] = own
 
 
+def _exact(name: str, g: Tensor) -> Tensor:
+    """The gradient as the kernels take it: without a subclass that only adds behaviour."""
+    if type(g) is Tensor or _sharded.is_sharded([g]):
+        return g
+    if is_traceable_wrapper_subclass(g):
+        raise TypeError(
+            f"the gradient of {name!r} is a {type(g).__name__}, which has no memory of its own; accepted are Tensor and DTensor"
+        )
+    return g.as_subclass(Tensor)
+
+
 def _check(rows: list[_Row]) -> None:
-    """What one operator checks before it writes has to hold for all of them before the first writes."""
-    if len(rows) == 1:
-        return
+    """What holds for all blocks before the first of them is written."""
     for block, grads, _ in rows:
         pairs = [(p, g) for p, g in zip(block.params, grads, strict=True) if g is not None]
         params, found = [p for p, _ in pairs], [g for _, g in pairs]
@@ -278,6 +304,13 @@ def _check(rows: list[_Row]) -> None:
             _sharded.check_matching("grads", found, "params", params, one_element=False)
             params, found = _sharded.shards(params), _sharded.shards(found)
         check_gradients(params, found)
+        block.check(grads)
+
+
+def _marks(params: list[Tensor]) -> list[tuple[int, int]]:
+    """What tells that a parameter was written to, or put elsewhere."""
+    local = _sharded.shards(params) if _sharded.is_sharded(params) else params
+    return [(p._version, own.data_ptr()) for p, own in zip(params, local, strict=True)]
 
 
 @_disable_dynamo

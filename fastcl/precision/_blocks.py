@@ -34,6 +34,9 @@ class Block(Protocol):
     def refresh(self, states: Sequence[State]) -> None:
         """``pull`` <- Lambda (W - mu), after W was written to by others or many steps have rounded."""
 
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Raises ValueError if this block cannot step with these gradients, whose shapes and kinds fit."""
+
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """W <- W - lr V."""
 

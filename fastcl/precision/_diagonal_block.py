@@ -43,11 +43,11 @@ class DiagonalBlock:
         self._basis = [d.new_empty((0, *d.shape)) for d in self.diagonal]
         self._sigma = torch.empty(0, dtype=torch.float64, device=params[0].device)
         self._mu = [torch.zeros_like(d) for d in self.diagonal]
-        self._kept: tuple[Lists, float, float] | None = None
+        self._kept: list[tuple[Lists, float, float]] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Without the direction that was kept for apply()."""
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": []}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,39 +75,45 @@ class DiagonalBlock:
     def refresh(self, states: Sequence[State]) -> None:
         """Nothing: no pull is kept."""
 
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Any gradients will do."""
+
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
-        """One call of ``low_rank_step_``."""
-        if live := [i for i, g in enumerate(grads) if g is not None]:
-            ops.low_rank_step_(*self._lists(live, grads, states), self._sigma, lr, momentum, strength)
+        """One call of ``low_rank_step_`` for each dtype."""
+        for lists in self._lists(grads, states):
+            ops.low_rank_step_(*lists, self._sigma, lr, momentum, strength)
 
     @torch.no_grad()
     def direction(self, grads: Sequence[Tensor | None], states: Sequence[State], momentum: float, strength: float) -> Tensor:
         """One sweep; V is not formed."""
-        live = [i for i, g in enumerate(grads) if g is not None]
-        if not live:
-            self._kept = None
-            return torch.zeros((), dtype=torch.float64, device=self._sigma.device)
-        lists, place = self._lists(live, grads, states), _place(self._sigma)
-        args = lists._replace(momenta=lists.momenta if momentum else [], anchors=lists.anchors if strength else [])
-        found = place.sums("low_rank_step_products", (3,), *args, rest=(momentum, strength))
-        self._kept = args, momentum, strength
-        return stages.direction_square(found, self._sigma)
+        total = torch.zeros((), dtype=torch.float64, device=self._sigma.device)
+        self._kept = []
+        for lists in self._lists(grads, states):
+            args = lists._replace(momenta=lists.momenta if momentum else [], anchors=lists.anchors if strength else [])
+            found = _place(self._sigma).sums("low_rank_step_products", (3,), *args, rest=(momentum, strength))
+            total = total + stages.direction_square(found, self._sigma)
+            self._kept.append((args, momentum, strength))
+        return total
 
     @torch.no_grad()
     def apply(self, states: Sequence[State], step: Tensor) -> None:  # noqa: ARG002 (direction has them)
         """The second sweep."""
-        if self._kept is not None:
-            (args, momentum, strength), self._kept = self._kept, None
-            params, grads, momenta, *rest = args
+        kept, self._kept = self._kept, []
+        for (params, grads, momenta, *rest), momentum, strength in kept:
             _place(self._sigma).call.write(
                 "low_rank_step_update_", [params, momenta], grads, momenta, *rest, self._sigma, step, momentum, strength
             )
 
-    def _lists(self, live: Sequence[int], grads: Sequence[Tensor | None], states: Sequence[State]) -> Lists:
-        params = self.params
-        columns: tuple[Sequence[Any], ...] = (params, grads, [s[MOMENTUM] for s in states], self._mu, self.damped, self._basis)
-        return Lists(*([column[i] for i in live] for column in columns))
+    def _lists(self, grads: Sequence[Tensor | None], states: Sequence[State]) -> list[Lists]:
+        """What an op takes: the parameters that have a gradient, those of one dtype together."""
+        columns: tuple[Sequence[Any], ...] = (self.params, grads, [s[MOMENTUM] for s in states], self._mu, self.damped, self._basis)
+        live = [i for i, g in enumerate(grads) if g is not None]
+        return [Lists(*([column[i] for i in own] for column in columns)) for own in self._by_dtype(live)]
+
+    def _by_dtype(self, members: Sequence[int]) -> list[list[int]]:
+        dtypes = dict.fromkeys(self.diagonal[i].dtype for i in members)
+        return [[i for i in members if self.diagonal[i].dtype == dtype] for dtype in dtypes]
 
     @torch.no_grad()
     def anchor_(self) -> None:
@@ -127,9 +133,9 @@ class DiagonalBlock:
     @torch.no_grad()
     def solve_(self, tensors: Sequence[Tensor | None]) -> None:
         """``X <- X / D``."""
-        rows = self._rows(tensors)
-        if rows[0]:
-            ops.low_rank_solve_(*rows, self._sigma)
+        for x, d in zip(tensors, self.damped, strict=True):
+            if x is not None:
+                x.div_(d)
 
     @torch.no_grad()
     def multiply_(self, tensors: Sequence[Tensor | None]) -> None:
@@ -141,14 +147,12 @@ class DiagonalBlock:
     @torch.no_grad()
     def quadratic(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One sweep."""
-        rows = self._rows(tensors)
-        if not rows[0]:
-            return torch.zeros((), dtype=torch.float64, device=self._sigma.device)
-        return ops.low_rank_quadratic(*rows, self._sigma)
-
-    def _rows(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        rows = [(t, d, q) for t, d, q in zip(tensors, self.damped, self._basis, strict=True) if t is not None]
-        return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+        total = torch.zeros((), dtype=torch.float64, device=self._sigma.device)
+        live = [i for i, t in enumerate(tensors) if t is not None]
+        for own in self._by_dtype(live):
+            x, d, q = ([column[i] for i in own] for column in (tensors, self.damped, self._basis))
+            total = total + ops.low_rank_quadratic(x, d, q, self._sigma)  # type: ignore[arg-type]
+        return total
 
     def add_(self, more: Sequence[Tensor]) -> None:
         """D <- D + more."""

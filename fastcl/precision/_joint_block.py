@@ -97,6 +97,9 @@ class JointBlock:
     def refresh(self, states: Sequence[State]) -> None:
         """Nothing: no pull is kept."""
 
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Any gradients will do."""
+
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """``V <- rho V + lambda (W - mu) + Lambda^-1 g``, ``W <- W - lr V``."""

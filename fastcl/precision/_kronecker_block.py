@@ -96,6 +96,16 @@ class KroneckerBlock:
         """X <- Lambda X."""
         _multiply(layers, X)
 
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """A step moves both parameters of a layer."""
+        for f, own in self._by_layer(grads):
+            frozen = [slot.name for slot, g in zip(f.layer.slots, own, strict=True) if g is None and not slot.parameter().requires_grad]
+            if len(frozen) == 1 and len(own) == 2 and any(g is not None for g in own):
+                raise ValueError(
+                    f"{frozen[0]!r} is frozen and the other parameter of layer {f.layer.name!r} has a gradient: their Kronecker factors "
+                    "couple them, and a step would move both; freeze the whole layer, or this parameter before the precision is built"
+                )
+
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:
         """One call for all layers; damping "exact" takes four GEMMs a layer."""
@@ -106,7 +116,7 @@ class KroneckerBlock:
         if inverse is not None:
             ops.ncl_step_(lists.params, lists.grads, lists.M, lists.H, inverse, lr, momentum, strength)
             return
-        V, _ = self._direction(lists, momentum, strength)
+        V = self._damped_direction(lists, momentum, strength)
         ncl_apply_(lists.params, lists.H, V, lists.M, torch.full((), lr, dtype=torch.float64, device=V[0].device))
 
     @torch.no_grad()
@@ -128,17 +138,22 @@ class KroneckerBlock:
             ncl_apply_(lists.params, lists.H, V, lists.M, step)
 
     def _direction(self, lists: Lists, momentum: float, strength: float) -> tuple[list[Tensor], Tensor]:
-        V = [f.workspace() for f in lists.layers]
         inverse = _inverses(lists.layers)
         if inverse is not None:
+            V = [f.workspace() for f in lists.layers]
             return V, ncl_direction_(lists.grads, lists.M, V, lists.H, inverse, momentum, strength)
+        V = self._damped_direction(lists, momentum, strength)
+        return V, ops.grad_dot(lists.M, V)
+
+    def _damped_direction(self, lists: Lists, momentum: float, strength: float) -> list[Tensor]:
+        V = [f.workspace() for f in lists.layers]
         for f, grads, M, H, v in zip(lists.layers, lists.grads, lists.M, lists.H, V, strict=True):
             M.mul_(momentum).add_(H, alpha=strength)
             for part, g in zip(parts(M, f.shapes), (grads,) if isinstance(grads, Tensor) else grads, strict=True):
                 part.add_(g)
             v.copy_(M)
         _solve(lists.layers, V)
-        return V, torch.stack([(M.double() * v).sum() for M, v in zip(lists.M, V, strict=True)]).sum()
+        return V
 
     @torch.no_grad()
     def anchor_(self) -> None:

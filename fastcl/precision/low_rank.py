@@ -68,7 +68,7 @@ class LowRankPrecision(Precision):
         ValueError: a number outside its range, no trainable parameter, an embedding with sparse gradients.
     """
 
-    _format = "fastcl.low_rank_precision"
+    _format = "fastcl.low-rank-precision"
 
     def __init__(self, model: nn.Module, n_data: float, *, rank: int = 16, gather: int | None = None) -> None:
         super().__init__(model, n_data, ())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.ops import _sharded
 from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
@@ -47,7 +48,7 @@ class LowRankKroneckerPrecision(Precision):
         layers: names of the modules that get Kronecker factors; None: all that can have them.
 
     Raises:
-        TypeError: an argument of a wrong kind, a parameter that is not floating point.
+        TypeError: an argument of a wrong kind, a parameter that is not floating point or is sharded.
         ValueError: a number outside its range, an unknown name in ``layers``, an embedding with ``sparse=True``, no trainable parameter.
     """
 
@@ -55,6 +56,10 @@ class LowRankKroneckerPrecision(Precision):
 
     def __init__(self, model: nn.Module, n_data: float, *, rank: int = 32, layers: Sequence[str] | None = None) -> None:
         super().__init__(model, n_data, layers)
+        if _sharded.is_sharded([slot.parameter() for slot in self._slots]):
+            raise TypeError(
+                "LowRankKroneckerPrecision takes no DTensor parameters (fully_shard); KroneckerPrecision and LowRankPrecision do"
+            )
         self._rank = whole("rank", rank, 0, 4096)
         self._factors = [SkinnyFactors(layer, self._n_data**-0.5, self._rank) for layer in self._layout.layers]
         self._skinny = SkinnyBlock(self._factors) if self._factors else None
