@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -391,3 +392,17 @@ def test_states_that_do_not_fit():
     with pytest.raises(ValueError, match="lacks 'hidden'"):
         precision.load_state_dict({**good, "factors": {k: v for k, v in good["factors"].items() if k != "hidden"}})
     assert torch.equal(dense_of(precision), before)
+
+
+def test_sharded_parameters_are_refused_at_once():
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(nn.Sequential(nn.Linear(3, 2)))
+        with pytest.raises(TypeError, match="LowRankKroneckerPrecision takes no DTensor parameters"):
+            LowRankKroneckerPrecision(model, 10)
+    finally:
+        dist.destroy_process_group()

@@ -102,7 +102,9 @@ class Config:
         "fraction of the elements that a child network keeps", ("a number in (0, 1]", lambda v: _number(v) and 0 < v <= 1)
     )
     alpha: float | None = _option("what the mean square of the inputs is compared with: the smaller, the less may change", _ABOVE_0)
-    momentum: float | None = _option("of the method's own optimizer; 0.9 makes steps ten times as long in the end", _BELOW_1)
+    momentum: float | None = _option(
+        "of the method's own optimizer; 0, as SGD here has none: 0.9 makes steps ten times as long in the end", _BELOW_1
+    )
     radius: float | None = _option(
         "the longest step, in the norm of the precision; none for no bound",
         ("a finite number above 0", lambda v: v is None or _ABOVE_0[1](v)),

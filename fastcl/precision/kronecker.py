@@ -90,7 +90,8 @@ class KroneckerPrecision(Precision):
         Raises:
             TypeError: an argument of a wrong kind.
             ValueError: as :class:`KroneckerPrecision`; factors that are not square, not symmetric (to 1e-5 of the largest element), not
-                finite, not positive definite, or not of the layer's sizes. The layer is named.
+                finite, not positive definite beyond repair (a singular factor gets the smallest jitter or eigenvalue floor that makes it
+                invertible), or not of the layer's sizes. The layer is named.
         """
         if not isinstance(factors, Mapping):
             raise TypeError(f"factors must be a mapping from module names to pairs (A, G), got {type(factors).__name__}")
