@@ -42,10 +42,14 @@ class Spread:
         return {f"{k}_ms" if k != "samples" else k: v for k, v in asdict(self).items()}
 
 
+def ratios(numerator: list[list[float]], denominator: list[list[float]]) -> list[float]:
+    """The per-round ratios: both of a ratio's times were taken within one round, so slow drift cancels."""
+    return [statistics.median(n) / statistics.median(d) for n, d in zip(numerator, denominator, strict=False)]
+
+
 def paired_ratio(numerator: list[list[float]], denominator: list[list[float]]) -> Spread:
-    """Spread of the per-round ratios: both of a ratio's times were taken within one round, so slow drift cancels. No unit."""
-    ratios = [statistics.median(n) / statistics.median(d) for n, d in zip(numerator, denominator, strict=False)]
-    return Spread.of([r / 1e3 for r in ratios])
+    """Spread of :func:`ratios`. No unit."""
+    return Spread.of([r / 1e3 for r in ratios(numerator, denominator)])
 
 
 def cpu_clock(call: Call) -> float:

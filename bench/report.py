@@ -37,7 +37,8 @@ NONE = "not measured yet"
 NOTHING: dict[str, Any] = {"streams": []}
 OPTIMIZERS = (
     "The whole `optimizer.step()`. torch fused: `torch.optim.AdamW(fused=True)` without the transform, which the others do besides; "
-    "official: as the methods' public code; eager and foreach: in-place torch ops, then torch fused."
+    "official: as the methods' public code; eager and foreach: in-place torch ops, then torch fused. Over three fresh allocations of all "
+    "tensors: which pages they get moves times by a third."
 )
 PRECISION = (
     "NCL's step. official: both factors inverted in every step, the penalty by autograd; for kron_merge whole matrices by turns; torch: "
