@@ -592,6 +592,7 @@ def test_a_refused_gradient_writes_nothing(device, make):
         ({"radius": -1.0}, ValueError, "radius must be"),
         ({"radius": math.nan}, ValueError, "radius must be"),
         ({"radius": "1"}, TypeError, "radius must be"),
+        ({"radius": True}, TypeError, "radius must be a number > 0 or None, got bool"),
         ({"refresh": 0}, ValueError, "refresh must be a whole number >= 1, got 0"),
         ({"refresh": 2.5}, TypeError, "refresh must be a whole number, got float"),
         ({"refresh": True}, TypeError, "refresh must be a whole number, got bool"),
@@ -622,6 +623,16 @@ def test_bad_models_and_precisions():
     optimizer = NCL(model, precision(model), lr=0.1)
     with pytest.raises(RuntimeError, match="NCL has the parameters of its precision"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+@pytest.mark.parametrize("form", [DiagonalPrecision, KroneckerPrecision, LowRankPrecision, LowRankKroneckerPrecision])
+@pytest.mark.parametrize("empty", [nn.Embedding(5, 0), nn.Embedding(0, 5)])
+def test_a_parameter_without_elements_is_named(form, empty):
+    model = nn.ModuleList([nn.Linear(3, 2), copy.deepcopy(empty)])
+    with pytest.raises(ValueError, match="'1.weight' of the model: no elements"):
+        form(model, n_data=20)
+    model[1].requires_grad_(False)
+    assert len(form(model, n_data=20).blocks) >= 1
 
 
 def test_every_trainable_parameter_is_stepped(device):

@@ -133,6 +133,8 @@ class NCL(torch.optim.Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         check_numbers(group, momentum="momentum value", strength="strength")
+        if isinstance(group["radius"], bool):
+            raise TypeError("radius must be a number > 0 or None, got bool")
         if group["radius"] is not None:
             _checks.positive("radius", group["radius"])
         if isinstance(group["refresh"], bool) or not isinstance(group["refresh"], int):

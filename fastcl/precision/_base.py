@@ -53,6 +53,8 @@ class Precision(Stateful, abc.ABC):
         found = [*(slot for layer in self._layout.layers for slot in layer.slots), *(d.slot for d in self._layout.diagonal)]
         by_name = {slot.name: slot for slot in found}
         self._slots = [by_name[name] for name in self._layout.report]
+        if empty := [slot.name for slot in self._slots if not slot.parameter().numel()]:
+            raise ValueError(f"{some(empty)} of the model: no elements; freeze or remove parameters of size 0")
         self._version = 0
         self._damping: Damping | None = None
         self._sums: Sums | None = None
