@@ -629,7 +629,7 @@ def test_bad_models_and_precisions():
 @pytest.mark.parametrize("empty", [nn.Embedding(5, 0), nn.Embedding(0, 5)])
 def test_a_parameter_without_elements_is_named(form, empty):
     model = nn.ModuleList([nn.Linear(3, 2), copy.deepcopy(empty)])
-    with pytest.raises(ValueError, match="'1.weight' of the model: no elements"):
+    with pytest.raises(ValueError, match=r"'1\.weight' of the model: no elements"):
         form(model, n_data=20)
     model[1].requires_grad_(False)
     assert len(form(model, n_data=20).blocks) >= 1
