@@ -74,18 +74,24 @@ struct AdamW {
             C(s.bias),  C(s.eps), C(s.size),   s.towards_gradient, s.maximize};
   }
 
-  // The parameter after the step on gradient g; m and v are its moments.
+  // What the step on gradient g adds to the parameter; m and v are its moments.
   template <bool hf>
-  FASTCL_HD C updated(C p, C g, C& m, C& v) const {
+  FASTCL_HD C change(C g, C& m, C& v) const {
     const C x = maximize ? -g : g;
     m = hf ? fused(fresh1, x, m * beta1) : fused(blend, x - m, towards_gradient ? x : m);
     v = fused(fresh2 * x, x, v * beta2);
-    if constexpr (hf) {
-      const C moved = p + (size * m) / (root(v) + eps);
-      return decayed<hf>(moved);
-    } else {
-      return decayed<hf>(p) + (size * m) / (root(v) / bias + eps);
-    }
+    return (size * m) / (hf ? root(v) + eps : root(v) / bias + eps);
+  }
+
+  template <bool hf>
+  FASTCL_HD C moved(C p, C change) const {
+    return hf ? decayed<hf>(p + change) : decayed<hf>(p) + change;
+  }
+
+  // The parameter after the step.
+  template <bool hf>
+  FASTCL_HD C updated(C p, C g, C& m, C& v) const {
+    return moved<hf>(p, change<hf>(g, m, v));
   }
 
   // The parameter of an element without gradient and moments.

@@ -45,6 +45,13 @@ FASTCL_CLONES void adamw_loop(P* __restrict p, C* __restrict m, C* __restrict v,
       p[e * stride] = store<P>(r.template updated<hf>(load<C>(p[e * stride]), x[e], m[e * stride], v[e * stride]));
 }
 
+template <class C, bool hf>
+FASTCL_CLONES void change_loop(C* __restrict change, C* __restrict m, C* __restrict v, const C* __restrict x, int64_t n,
+                               const AdamW<C>& rule) {
+  const AdamW<C> r = rule;
+  for (int64_t e = 0; e < n; ++e) change[e] = r.template change<hf>(x[e], m[e], v[e]);
+}
+
 template <class X>
 void adamw_on_the_way(const Run& run, int64_t done, int64_t n, const AdamW<float>& rule, bool hf, X x) {
   auto* p = reinterpret_cast<float*>(run.at(GradientSweep::kParam, done));
@@ -205,6 +212,13 @@ template void adamw_dense(double*, double*, double*, const double*, int64_t, int
 template void adamw_dense(float*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
 template void adamw_dense(BFloat16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
 template void adamw_dense(Float16*, float*, float*, const float*, int64_t, int64_t, const AdamW<float>&, bool);
+
+template <class C>
+void adamw_changes(C* change, C* m, C* v, const C* x, int64_t n, const AdamW<C>& rule, bool hf) {
+  (hf ? change_loop<C, true> : change_loop<C, false>)(change, m, v, x, n, rule);
+}
+template void adamw_changes(double*, double*, double*, const double*, int64_t, const AdamW<double>&, bool);
+template void adamw_changes(float*, float*, float*, const float*, int64_t, const AdamW<float>&, bool);
 
 void adamw_(const OptimizerInputs& inputs, const AdamWRule& rule, const Pool& pool) {
   check_ranks(inputs, pool);

@@ -20,6 +20,10 @@ int64_t count_bits(const uint8_t* bits, int64_t begin, int64_t end);
 template <class P, class C>
 int64_t adamw_compact(P* param, C* m, C* v, const C* x, const CompactBlock& block, const AdamW<C>& rule, bool hf);
 
+// What AdamW adds to the parameters of a block.
+template <class C>
+void adamw_changes(C* change, C* m, C* v, const C* x, int64_t n, const AdamW<C>& rule, bool hf);
+
 // AdamW on a block; of stride the parameter and its moments.
 template <class P, class C>
 void adamw_dense(P* param, C* m, C* v, const C* x, int64_t stride, int64_t n, const AdamW<C>& rule, bool hf);

@@ -1,5 +1,5 @@
-// AdamW whose moments exist for the child network alone: a block's child is packed, the dense loop runs over it and over the moments as
-// they lie, and the parameters go back to their places. Every form gives the same bits.
+// AdamW whose moments exist for the child network alone: the gradients of a block's child are packed, the loop runs over them and over the
+// moments as they lie, and what it adds goes to the parameters' places. Every form gives the same bits.
 
 #include <type_traits>
 
@@ -32,33 +32,29 @@ FASTCL_HD uint64_t bits_at(const uint8_t* bits, int64_t index, int64_t count) {
   return count < 64 ? word & ((uint64_t(1) << count) - 1) : word;
 }
 
+// Visits the elements of a block: those whose bit is set, and the others.
+template <class Child, class Other>
+void each_element(const CompactBlock& block, Child&& child, Other&& other) {
+  for (int64_t e = 0; e < block.n; e += 64) {
+    const int64_t end = std::min(e + 64, block.n);
+    uint64_t word = bits_at(block.bits, block.index + e, end - e);
+    for (int64_t l = e; l < end; ++l, word >>= 1)
+      if (word & 1)
+        child(l);
+      else
+        other(l);
+  }
+}
+
 template <class P, class C, bool hf>
-FASTCL_CLONES void decay_loop(P* p, int64_t n, const AdamW<C>& rule) {
-  const AdamW<C> r = rule;
-  for (int64_t e = 0; e < n; ++e) p[e] = store<P>(r.template decayed<hf>(load<C>(p[e])));
-}
-
-// Visits the elements of a block whose bit is set.
-template <class Visit>
-void each_child(const CompactBlock& block, Visit&& visit) {
-  for (int64_t e = 0; e < block.n; e += 64)
-    for (uint64_t word = bits_at(block.bits, block.index + e, std::min<int64_t>(64, block.n - e)); word != 0; word &= word - 1)
-      visit(e + __builtin_ctzll(word));
-}
-
-template <class P, class C>
-int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, const AdamW<C>& rule, bool hf) {
-  alignas(64) P packed[kBlock];
-  alignas(64) C gradient[kBlock];
-  int64_t count = 0;
-  each_child(block, [&](int64_t e) {
-    packed[count] = param[e];
-    gradient[count++] = x[e];
-  });
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
-  (hf ? decay_loop<P, C, true> : decay_loop<P, C, false>)(param, block.n, rule);
-  int64_t at = 0;
-  each_child(block, [&](int64_t e) { param[e] = packed[at++]; });
+int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, const AdamW<C>& rule) {
+  alignas(64) C gradient[kBlock], change[kBlock];
+  int64_t count = 0, at = 0;
+  each_element(block, [&](int64_t e) { gradient[count++] = x[e]; }, [](int64_t) {});
+  adamw_changes(change, m, v, gradient, count, rule, hf);
+  each_element(
+      block, [&](int64_t e) { param[e] = store<P>(rule.template moved<hf>(load<C>(param[e]), change[at++])); },
+      [&](int64_t e) { param[e] = store<P>(rule.template decayed<hf>(load<C>(param[e]))); });
   return count;
 }
 
@@ -66,14 +62,13 @@ int64_t by_bits(P* param, C* m, C* v, const C* x, const CompactBlock& block, con
 
 #define FASTCL_V4 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
 
-// 16 floats at a time are packed and put back within registers; a packed store to memory is slow on some processors.
-FASTCL_V4 int64_t pack(const float* p, const float* x, const CompactBlock& block, float* packed, float* gradient) {
+// 16 floats at a time are packed and put in their places within registers; a packed store to memory is slow on some processors.
+FASTCL_V4 int64_t pack(const float* x, const CompactBlock& block, float* gradient) {
   int64_t count = 0;
   for (int64_t e = 0; e < block.n; e += 64) {
     uint64_t word = bits_at(block.bits, block.index + e, std::min<int64_t>(64, block.n - e));
     for (int64_t l = e; word != 0; l += 16, word >>= 16) {
       const auto child = __mmask16(word);  // no bit is set beyond the end
-      _mm512_storeu_ps(packed + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(child, p + l)));
       _mm512_storeu_ps(gradient + count, _mm512_maskz_compress_ps(child, _mm512_maskz_loadu_ps(child, x + l)));
       count += __builtin_popcount(child);
     }
@@ -82,30 +77,34 @@ FASTCL_V4 int64_t pack(const float* p, const float* x, const CompactBlock& block
 }
 
 template <bool hf, bool decays>
-FASTCL_V4 void unpack(float* p, const CompactBlock& block, const float* packed, const AdamW<float>& rule) {
+FASTCL_V4 void unpack(float* p, const CompactBlock& block, const float* change, const AdamW<float>& rule) {
   const __m512 decay = _mm512_set1_ps(rule.decay);
+  const auto decayed = [&](__m512 value) FASTCL_V4 {
+    return !decays ? value : hf ? _mm512_fmadd_ps(decay, value, value) : _mm512_mul_ps(value, decay);
+  };
   int64_t count = 0;
   for (int64_t e = 0; e < block.n; e += 64) {
     uint64_t word = bits_at(block.bits, block.index + e, std::min<int64_t>(64, block.n - e));
     for (int64_t l = e; l < std::min(e + 64, block.n); l += 16, word >>= 16) {
       const auto here = __mmask16(block.n - l < 16 ? (1u << (block.n - l)) - 1 : 0xffffu);
       const auto child = __mmask16(word);
+      const __m512 more = _mm512_maskz_expand_ps(child, _mm512_loadu_ps(change + count));
       __m512 value = _mm512_maskz_loadu_ps(here, p + l);
-      if (decays) value = hf ? _mm512_fmadd_ps(decay, value, value) : _mm512_mul_ps(value, decay);
-      _mm512_mask_storeu_ps(p + l, here, _mm512_mask_expand_ps(value, child, _mm512_loadu_ps(packed + count)));
+      if (!hf) value = decayed(value);
+      value = _mm512_mask_add_ps(value, child, value, more);  // the others keep the sign of their zeros
+      if (hf) value = decayed(value);
+      _mm512_mask_storeu_ps(p + l, here, value);
       count += __builtin_popcount(child);
     }
   }
 }
 
-int64_t by_registers(float* param, float* m, float* v, const float* x, const CompactBlock& block, const AdamW<float>& rule, bool hf) {
-  alignas(64) float packed[kBlock + 16], gradient[kBlock + 16];
-  const int64_t count = pack(param, x, block, packed, gradient);
-  adamw_dense(packed, m, v, gradient, 1, count, rule, hf);
-  if (hf)
-    (rule.decay != 0 ? unpack<true, true> : unpack<true, false>)(param, block, packed, rule);
-  else
-    (rule.decay != 1 ? unpack<false, true> : unpack<false, false>)(param, block, packed, rule);
+template <bool hf>
+int64_t by_registers(float* param, float* m, float* v, const float* x, const CompactBlock& block, const AdamW<float>& rule) {
+  alignas(64) float gradient[kBlock + 16], change[kBlock + 16];
+  const int64_t count = pack(x, block, gradient);
+  adamw_changes(change, m, v, gradient, count, rule, hf);
+  (rule.decay != (hf ? 0 : 1) ? unpack<hf, true> : unpack<hf, false>)(param, block, change, rule);
   return count;
 }
 
@@ -134,9 +133,9 @@ template <class P, class C>
 int64_t adamw_compact(P* param, C* m, C* v, const C* x, const CompactBlock& block, const AdamW<C>& rule, bool hf) {
 #ifdef FASTCL_AVX512
   if constexpr (std::is_same_v<P, float>)
-    if (has_avx512()) return by_registers(param, m, v, x, block, rule, hf);
+    if (has_avx512()) return (hf ? by_registers<true> : by_registers<false>)(param, m, v, x, block, rule);
 #endif
-  return by_bits(param, m, v, x, block, rule, hf);
+  return (hf ? by_bits<P, C, true> : by_bits<P, C, false>)(param, m, v, x, block, rule);
 }
 template int64_t adamw_compact(double*, double*, double*, const double*, const CompactBlock&, const AdamW<double>&, bool);
 template int64_t adamw_compact(float*, float*, float*, const float*, const CompactBlock&, const AdamW<float>&, bool);
