@@ -187,7 +187,10 @@ class Collection:
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             g = grad * call.batch.samples if self._stated is None and self._reduction == "mean" else grad
             for each in seeing:
-                each.see(call, grad if isinstance(each, Watch) else g)
+                if isinstance(each, Watch):
+                    each.see(call, grad)
+                elif g.numel():  # an empty batch has nothing to show
+                    each.see(call, g)
 
     def _parameter_arrived(self, function: Callable[[Tensor], None], grad: Tensor) -> None:
         self._enter()

@@ -62,7 +62,7 @@ class Watch:
     def see(self, call: Call, grad: Tensor) -> None:
         """The gradient at the output of a call, as autograd has it."""
         self._calls += 1
-        if self.signs is None:
+        if self.signs is None or not grad.numel():
             return
         self._eps = max(self._eps, _eps(call.x), _eps(grad))
         expected, squared = self._products(call, _rows.wide(grad).to(self.signs.dtype), self.signs)
