@@ -131,7 +131,7 @@ class Collection:
     def hooked(self) -> Iterator[None]:
         """The hooks are there within the block."""
         by_module: dict[int, tuple[nn.Module, list[Statistic | Watch]]] = {}
-        for each in (*self._statistics, *self._watches):
+        for each in self._seeing():
             for module in each.modules:
                 by_module.setdefault(id(module), (module, []))[1].append(each)
         root = _distributed.unwrapped(self._model)
@@ -206,10 +206,13 @@ class Collection:
         self._running = weakref.ref(end)
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
+    def _seeing(self) -> list[Statistic | Watch]:
+        return [*self._statistics, *self._watches]
+
     def _drop(self) -> None:
         """A backward pass has failed: nothing of it is kept."""
         self._running, self._called = None, []
-        for each in (*self._statistics, *self._watches):
+        for each in self._seeing():
             each.drop()
 
     def _close(self) -> None:
@@ -297,7 +300,7 @@ class Collection:
             )
         if partly:
             return (
-                f"{some(partly)} had other gradients than calls of their modules gave: something else uses them too, of which no hook tells, "
+                f"{some(partly)} had other gradients than calls of their modules gave: something else uses them too, which no hook sees, "
                 "such as functional.linear(x, module.weight). Let a module do that which shares the parameter (an nn.Linear whose weight "
                 "it is), or freeze it"
             )
@@ -338,7 +341,7 @@ def _written(output: Tensor) -> Tensor:
     An output that is a view of all of it has a place in the graph that an operation in place takes away (a Linear layer's on inputs with
     more than two dimensions).
     """
-    base = output._base if output._is_view() else None  # type: ignore[no-untyped-call]
+    base = output._base if output._is_view() else None
     if base is None or base.numel() != output.numel() or not base.requires_grad:
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
