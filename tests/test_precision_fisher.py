@@ -1,14 +1,16 @@
 """What collect() gathers, against its definition written out with autograd, sample by sample, class by class, position by position."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastcl import DiagonalPrecision, KroneckerPrecision
+from fastcl import DiagonalPrecision, KroneckerPrecision, LowRankKroneckerPrecision, LowRankPrecision
 from fastcl.precision import _rows
 from fastcl.precision._layers import discover
 
@@ -518,7 +520,7 @@ def test_weights_that_bypass_their_module():
 
     model, x = Direct(), torch.randn(6, 3)
     precision = KroneckerPrecision(model, 10)
-    with pytest.raises(ValueError, match=r"'first' had gradients though no call"):
+    with pytest.raises(ValueError, match=r"'first\.weight' had gradients though no call.*leave the modules out of layers"):
         collect(precision, x, "sample", None)
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     with pytest.warns(UserWarning, match=r"in_proj_weight.*out_proj\.weight"):
@@ -564,3 +566,380 @@ def test_seeds():
     first = collect(KroneckerPrecision(model, 10), x, "sample", None)[0]["plain"][1]
     torch.manual_seed(5)
     assert torch.equal(first, collect(KroneckerPrecision(model, 10), x, "sample", None)[0]["plain"][1])
+
+
+class InPlace(nn.Module):
+    """Operations that change a module's output where it is, which for inputs [N, T, in] is a view."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.how, self.relu, self.drop = how, nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "module":
+            h = self.drop(self.relu(h))
+        elif self.how == "function":
+            torch.relu_(h)
+        else:
+            h += h.detach() * 0.5
+        h = self.second(torch.tanh(self.second(h))).mul_(0.5) if self.how == "one of two" else self.second(h)
+        return self.last(h.tanh_().flatten(1, -2).mean(1))
+
+
+def test_diagonals_and_factors_where_outputs_are_changed_in_place():
+    for how in ("module", "function", "sum", "one of two"):
+        for shape in ((5, 3, 3), (5, 2, 3, 3)):
+            model, x, y = InPlace(how).to(F64), torch.randn(shape, dtype=F64), torch.randint(CLASSES, (5,))
+            for fisher in ("exact", "empirical"):
+                found = collect(DiagonalPrecision(model, 10), x, fisher, y)[1]
+                wanted = squares(model, x, fisher, y)
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15, msg=lambda m, at=(how, shape): f"{at}: {m}")
+                assert all(t.abs().max() > 0 for t in wanted.values())
+            # Out of place the hooks of the definition see every output.
+            found = collect(KroneckerPrecision(model, 10), x, "empirical", y, sequence="reduce")[0]
+            A, G = factors_by_captures(model, x, y)
+            for name in ("first", "second", "last"):
+                torch.testing.assert_close(found[name], (A[name], G[name]), rtol=1e-12, atol=1e-15)
+
+
+def factors_by_captures(model, x, y):
+    """sequence="reduce": the outputs get zeros added whose gradients are those of the outputs, before anything is done in place."""
+    A = dict.fromkeys(("first", "second", "last"), 0)
+    G = dict(A)
+    for i in range(len(x)):
+        seen = []
+
+        def add_zeros(module, args, out, seen=seen):
+            zeros = torch.zeros_like(out, requires_grad=True)
+            seen.append((module, args[0].detach().clone(), zeros))
+            return out + zeros
+
+        handles = [getattr(model, name).register_forward_hook(add_zeros) for name in A]
+        loss = cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        for handle in handles:
+            handle.remove()
+        grads = torch.autograd.grad(loss, [zeros for *_, zeros in seen])
+        for name in A:
+            calls = [(a, g) for (m, a, _), g in zip(seen, grads, strict=True) if m is getattr(model, name)]
+            a = torch.cat([a.reshape(-1, a.shape[-1]) for a, _ in calls])
+            a = torch.cat([a, torch.ones(len(a), 1, dtype=F64)], 1).mean(0)
+            g = torch.cat([g.reshape(-1, g.shape[-1]) for _, g in calls]).sum(0)
+            A[name], G[name] = A[name] + torch.outer(a, a) / len(x), G[name] + torch.outer(g, g) / len(x)
+    return A, G
+
+
+def test_changes_in_place_under_autocast_and_by_another_hook():
+    model, x, y = InPlace("module"), torch.randn(5, 4, 3), torch.randint(CLASSES, (5,))
+    wanted = squares(model, x, "empirical", y)
+    precision = DiagonalPrecision(model, 10)
+    with precision.collect("empirical") as collection, torch.autocast("cpu", torch.bfloat16):
+        collection.backward(model(x), y)
+    for name, found in precision.fisher()[1].items():
+        torch.testing.assert_close(found, wanted[name].double(), rtol=0.1, atol=0.02 * float(wanted[name].max()))
+    # A hook that was there before and changes the output, in place or not, comes after.
+    model = InPlace("sum").to(F64)
+    model.first.register_forward_hook(lambda module, args, out: out.mul_(3) if module.training else out * 3)
+    x = x.double()
+    for train in (False, True):
+        precision = DiagonalPrecision(model.train(train), 10)
+        with precision.collect("empirical") as collection:
+            collection.backward(model(x), y)
+        torch.testing.assert_close(precision.fisher()[1], squares(model, x, "empirical", y), rtol=1e-12, atol=1e-15)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.inner, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.scale = nn.Parameter(torch.ones(5, dtype=F64))
+
+    def part(self, h):
+        return torch.tanh(torch.relu_(self.inner(h)) * self.scale)
+
+    def forward(self, x):
+        h = self.first(x)
+        for _ in range(2):
+            h = self.part(h) if self.reentrant is None else torch.utils.checkpoint.checkpoint(self.part, h, use_reentrant=self.reentrant)
+        return self.last(torch.tanh(self.inner(h)).mean(1))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:'scale'")
+def test_checkpoints_change_nothing(reentrant):
+    """A module within checkpoints and outside of them, called three times in all."""
+    torch.manual_seed(0)
+    model, x, y = Checkpointed(None).to(F64), torch.randn(6, 4, 3, dtype=F64), torch.randint(CLASSES, (6,))
+    for make in (DiagonalPrecision, KroneckerPrecision, LowRankPrecision):
+        found = []
+        for how in (None, reentrant):
+            model.reentrant = how
+            precision = make(model, 10)
+            with precision.collect("sample", reduction="mean"):
+                for half in (slice(0, 2), slice(2, None)):
+                    cross_entropy(model(x[half]), y[half]).backward()
+            samples = precision._sums.samples
+            precision.merge_()
+            found.append((samples, precision.multiply([torch.ones_like(p) for p in model.parameters()])))
+        assert found[0][0] == found[1][0] == 6
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-10, atol=1e-12)
+
+
+class Functional(nn.Module):
+    """A module that is called, one whose parameters are used without it, and one with which both is done."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.both = both
+        self.tokens = nn.Embedding(6, 5)
+        self.first, self.grouped, self.last = nn.Linear(5, 6), nn.Conv1d(6, 6, 2, groups=2, padding=1), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = torch.tanh(nn.functional.linear(self.tokens(x), self.first.weight, self.first.bias))
+        if self.both == "linear":
+            h = h + self.first(self.tokens(x))
+        c = self.grouped(h.transpose(1, 2))
+        if self.both == "convolution":
+            c = c + nn.functional.conv1d(h.transpose(1, 2), self.grouped.weight, None, padding=1, groups=2) ** 2
+        h = torch.tanh(self.last(c.mean(2)))
+        return nn.functional.linear(h[:, :5], self.tokens.weight) if self.both == "embedding" else h
+
+
+def labels(model, x):
+    return torch.randint(6, (len(x),))
+
+
+def all_forms(model):
+    for make in (DiagonalPrecision, KroneckerPrecision, lambda m, n: LowRankKroneckerPrecision(m, n, rank=2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield make(model, 10)
+
+
+def test_parameters_without_calls_have_squares_of_batches():
+    model, x = Functional(None).to(F64), torch.randint(6, (4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        kinds = [DiagonalPrecision(model, 10), KroneckerPrecision(model, 10, layers=["tokens", "last"])]
+    for precision in kinds:
+        wanted = {"first.weight": 0, "first.bias": 0}
+        with precision.collect(reduction="mean"):  # the loss tells which labels were drawn
+            for half in (slice(0, 3), slice(3, None)):
+                model.zero_grad()
+                loss = cross_entropy(model(x[half]), labels(model, x[half]))
+                loss.backward()
+                for name in wanted:
+                    wanted[name] = wanted[name] + (model.get_parameter(name).grad * len(x[half])) ** 2 / 4
+        found = precision.fisher()[1]
+        for name, t in wanted.items():
+            torch.testing.assert_close(found[name], t, rtol=1e-12, atol=0)
+        for fisher in ("exact", "empirical"):
+            with pytest.raises(ValueError, match=r"'first\.weight', 'first\.bias' had gradients though no call.*use fisher='sample'"):
+                collect(precision, x, fisher, labels(model, x))
+    with pytest.raises(ValueError, match=r"'first\.weight', 'first\.bias' had gradients.*layers=\[\.\.\.\]"):
+        collect(KroneckerPrecision(model, 10, layers=["first"]), x, "sample", None)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("both", "name"), [("linear", "first.weight"), ("convolution", "grouped.weight"), ("embedding", "tokens.weight")])
+def test_parameters_with_calls_and_without_are_named(both, name, dtype):
+    torch.manual_seed(3)
+    x = torch.randint(6, (32, 3))
+    for precision in all_forms(Functional(both).to(dtype)):
+        if both != "linear" and not isinstance(precision, DiagonalPrecision):
+            precision = type(precision)(precision.model, 10, layers=["tokens", "last"])
+        with pytest.raises(ValueError, match=f"^'{name}' had other gradients than calls.*shares the parameter"):
+            collect(precision, x, "sample", None, seed=1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast", "train"])
+@pytest.mark.filterwarnings("ignore:'grouped")
+def test_no_false_alarms(case, how):
+    make, data = CASES[case]
+    torch.manual_seed(1)
+    model = make().to(torch.bfloat16 if how == "bfloat16" else torch.float32).train(how == "train")
+    kinds = [DiagonalPrecision(model, 10), KroneckerPrecision(model, 10, layers=["last"] if case != "sequences" else None)]
+    for precision in kinds:
+        with precision.collect() as collection, torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            for _ in range(4):
+                x = torch.cat([data() for _ in range(30)])
+                collection.backward(model(x.to(next(model.parameters()).dtype) if x.is_floating_point() else x))
+        assert all((t > 0).any() for t in precision.fisher()[1].values())
+
+
+def test_hooks_that_change_a_gradient_are_no_other_use():
+    model, x = Sequences().to(F64), torch.randn(5, 3, 3, dtype=F64)
+    mask = torch.arange(5)[:, None] > 2
+    handle = model.inner.weight.register_hook(lambda g: g * mask)
+    found = collect(DiagonalPrecision(model, 10), x, "exact", None)[1]
+    handle.remove()
+    torch.testing.assert_close(found, squares(model, x, "exact", None), rtol=1e-12, atol=1e-15)
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, without a way back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError("on purpose")
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.breaks = False
+        self.inner, self.outer, self.scale = nn.Linear(3, 5), nn.Linear(5, CLASSES), nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        return self.outer(Breaks.apply(h) if self.breaks else h) * self.scale
+
+
+FORMS = [
+    DiagonalPrecision,
+    KroneckerPrecision,
+    lambda model, n: LowRankKroneckerPrecision(model, n, rank=2),
+    lambda model, n: LowRankPrecision(model, n, rank=8),
+]
+
+
+@pytest.mark.parametrize("make", FORMS)
+@pytest.mark.parametrize("how", ["freed", "by hand", "backward"])
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.filterwarnings("ignore:'scale'")
+def test_a_backward_pass_that_fails_leaves_no_trace(make, how, sequence):
+    model, x, y = Broken().to(F64), torch.randn(12, 3, dtype=F64), torch.randint(CLASSES, (12,))
+    found = []
+    for failing in (False, True):
+        precision = make(model, 10)
+        with precision.collect("sample", sequence=sequence) as collection:
+            for part in (slice(0, 2), slice(2, 6), slice(6, 12)):
+                loss = cross_entropy(model(x[part]), y[part], reduction="sum")
+                loss.backward()
+                if not failing:
+                    continue
+                if how == "freed":
+                    with pytest.raises(RuntimeError, match="second time"):
+                        loss.backward()
+                else:
+                    model.breaks = True
+                    logits = model(x[:5])
+                    with pytest.raises(MemoryError):
+                        collection.backward(logits) if how == "backward" else logits.sum().backward()
+                    model.breaks = False
+        assert precision._sums.samples == 12
+        precision.merge_()
+        found.append(precision.multiply([torch.ones_like(p) for p in model.parameters()]))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_batch_that_was_added_by_half_is_an_error():
+    model, x = Broken().to(F64), torch.randn(6, 3, dtype=F64)
+    model.scale.requires_grad_(False)
+    precision = DiagonalPrecision(model, 10)
+    collect(precision, x, "exact", None)
+    kept = copy.deepcopy(precision.fisher())
+    passes = []
+
+    def third(grad):
+        passes.append(grad)
+        if len(passes) == 3:
+            raise MemoryError("on purpose")
+
+    def batches():
+        with precision.collect("exact") as collection:
+            logits = model(x)
+            logits.register_hook(third)
+            with pytest.raises(MemoryError):
+                collection.backward(logits)
+            collection.backward(model(x))
+
+    with pytest.raises(RuntimeError, match="after a part of its batch had been added"):
+        batches()
+    torch.testing.assert_close(precision.fisher(), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", FORMS)
+@pytest.mark.parametrize("fisher", ["sample", "exact", "empirical"])
+def test_an_empty_batch_contributes_nothing(make, fisher):
+    model, x, y = Sequences().to(F64), torch.randn(6, 4, 3, dtype=F64), torch.randint(CLASSES, (6,))
+    found = []
+    for empty in (False, True):
+        precision = make(model, 10)
+        with precision.collect(fisher, seed=3) as collection:
+            for part in [slice(0, 2)] + [slice(0, 0)] * empty + [slice(2, 6)]:
+                collection.backward(model(x[part]), y[part] if fisher == "empirical" else None)
+        precision.merge_()
+        found.append(precision.multiply([torch.ones_like(p) for p in model.parameters()]))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    precision = make(model, 10)
+    with precision.collect("empirical" if fisher != "empirical" else "sample") as collection:
+        collection.backward(model(x[:0]), y[:0] if fisher != "empirical" else None)
+    with pytest.raises(RuntimeError, match="nothing was collected"):
+        precision.merge_()
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_copies_made_within_a_block_are_outside_of_it(make):
+    model, x = Images().to(F64).eval(), images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        precision = make(model, 10)
+    with precision.collect(seed=1) as collection:
+        collection.backward(model(x))
+        copies = [copy.deepcopy(precision), pickle.loads(pickle.dumps(precision))]
+        for other in copies:  # the copy's passes are nobody's
+            other.model(x).sum().backward()
+    for other in copies:
+        assert other.model is not model
+        other.model.train()(x[:1])  # nor does the block's rule hold
+        other.model.load_state_dict(model.state_dict())
+        other.model.eval()
+        with other.collect(seed=1) as again:
+            again.backward(other.model(x))
+        torch.testing.assert_close(other._sums.tensors, precision._sums.tensors, rtol=0, atol=0)
+        assert other._sums.samples == len(x)
+        other.merge_()
+    with pytest.raises(RuntimeError, match=r"has ended; call backward\(\) within it"):
+        collection.backward(model(x))
+
+
+def test_kinds_of_arguments():
+    model = Sequences().to(F64)
+    for make in FORMS:
+        precision = make(model, 10)
+        for method, argument in ((precision.solve, "grads"), (precision.multiply, "deltas"), (precision.quadratic, "deltas")):
+            weight = torch.ones(5, 3, dtype=F64)
+            bad = [
+                weight.long(),
+                weight.bool(),
+                weight.to(torch.complex128),
+                weight.to_sparse(),
+                torch.zeros((5, 3), dtype=torch.float8_e4m3fn),
+            ]
+            for t in bad:
+                with pytest.raises(TypeError, match=rf"^{argument}\['inner.weight'\] must be a dense tensor of dtype float64, float32"):
+                    method({"inner.weight": t})
+            method({"inner.weight": weight.half()})
+        with precision.collect() as collection:
+            collection.backward(model(torch.randn(2, 3, 3, dtype=F64)))
+        with pytest.raises(TypeError, match=r"^weight must be a number > 0, got bool"):
+            precision.merge_(weight=True)
+        with pytest.raises(TypeError, match="alpha of damping must be a number >= 0, got bool"):
+            precision.damping = ("exact", True)
+        with pytest.raises(TypeError, match=r"^n_data must be a number > 0, got bool"):
+            make(model, True)
+    with pytest.raises(ValueError, match=r"^factors has '9', which names no module"):
+        KroneckerPrecision.from_factors(model, {"9": (torch.eye(2), torch.eye(2))}, n_data=10)
+    tied = Twice()
+    with pytest.raises(ValueError, match=r"^factors lacks 'shared'"):
+        KroneckerPrecision.from_factors(tied, {"other": (torch.eye(4), torch.eye(3))}, n_data=10)

@@ -60,6 +60,10 @@ class Precision(Stateful, abc.ABC):
         self._sums: Sums | None = None
         self._collecting = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: it is outside of any block of :meth:`collect`."""
+        return {**self.__dict__, "_collecting": False}
+
     @property
     def model(self) -> nn.Module:
         """The module whose parameters this is about."""

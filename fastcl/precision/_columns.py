@@ -31,14 +31,24 @@ class Columns:
     def take(self, index: int, grad: Tensor) -> None:
         """The gradient of a parameter on this rank."""
         # A copy: autograd adds to the tensor itself where it becomes a .grad, and may hand out one tensor for two parameters.
-        self._seen[index] = grad.detach().clone()
+        own = grad.detach().clone()
+        # It comes in parts from checkpoints that are run again within the pass.
+        self._seen[index] = self._seen[index] + own if index in self._seen else own
 
-    def close(self, samples: int, scale: float) -> None:
+    def drop(self) -> None:
+        """Nothing of the running pass is kept."""
+        self._seen = {}
+
+    def close(self, samples: int | None, scale: float) -> None:
         """A column; the ranks' are added up."""
         seen, self._seen = self._seen, {}
         if not seen:
             return
-        if not samples:
+        if samples == 0:  # a mean over no samples would be NaN
+            if self._parallel.size == 1:
+                return
+            seen = {}
+        if samples is None:
             raise ValueError(
                 "how many samples a backward pass had is not known: it followed no forward pass of the whole model, or is a second one; "
                 "call the collection's backward(logits)"

@@ -52,7 +52,7 @@ def losses(fisher: str, logits: Tensor, targets: Tensor | None, generator: torch
     dense = targets.is_floating_point()
     rows = logits.flatten(0, -2), targets.flatten(0, -2) if dense else targets.flatten()
     if signed:
-        apart = cross_entropy(*rows, reduction="none").view(len(logits), -1).sum(1)
+        apart = cross_entropy(*rows, reduction="none").view(len(logits), logits.shape[1:-1].numel()).sum(1)
         yield (apart * _signs(apart, generator)).sum()
     else:
         yield cross_entropy(*rows, reduction="sum")

@@ -146,15 +146,21 @@ def _bases(module: nn.Module) -> list[type[nn.Module]]:
     return [cls for cls in (*NORMS, nn.modules.batchnorm._BatchNorm) if isinstance(module, cls)]
 
 
-def _known(layers: Iterable[str], uses: dict[int, list[Use]]) -> set[str]:
+def check_names(argument: str, names: Iterable[str], model: nn.Module) -> None:
+    """Raise as :func:`discover` does for names that are given as another argument than ``layers``."""
+    trainable(model)
+    _known(names, _uses(model), argument)
+
+
+def _known(layers: Iterable[str], uses: dict[int, list[Use]], argument: str = "layers") -> set[str]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of module names, got {type(layers).__name__}")
+        raise TypeError(f"{argument} must be a list of module names, got {type(layers).__name__}")
     names = list(layers)
     trained = [use for own in uses.values() for use in own if use.slot.parameter().requires_grad]
     possible = [use.name for use in trained if use.key == "weight" and use.kind in FACTORED]
     for name in names:
         if name not in possible:
-            raise ValueError(f"layers has {name!r}, which names no module that can have Kronecker factors; those are {some(possible)}")
+            raise ValueError(f"{argument} has {name!r}, which names no module that can have Kronecker factors; those are {some(possible)}")
     return set(names)
 
 

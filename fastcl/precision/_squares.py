@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from fastcl.precision._layers import Diagonal, compute_dtype
 from fastcl.precision._statistics import Call, Key, Statistic, _kept, _OfModules
 
 
-class _Squares(_OfModules):
+class Squares(_OfModules):
     """``independent``: labels were drawn, so that squares of a batch's summed gradients are right where samples cannot be told apart.
 
     Their gradients are then independent with mean 0, and ``E[(sum_n g_n)^2] = sum_n E[g_n^2]``.
@@ -21,12 +23,32 @@ class _Squares(_OfModules):
         p = diagonal.slot.parameter()
         self.diagonal, self.modules, self.independent = diagonal, diagonal.modules, independent
         self.total = torch.zeros(p.shape, dtype=compute_dtype(p), device=p.device)
+        self._whole: list[Tensor] = []
+        self._seen: list[Any] = []
+
+    def take(self, index: int, grad: Tensor) -> None:  # noqa: ARG002
+        """The gradient of a batch in whose pass no module was called."""
+        self._whole.append(_rows.wide(grad).to(self.total.dtype))
+
+    def close(self, samples: int | None, scale: float) -> None:
+        """See :class:`Statistic`, as for all that follows."""
+        whole, self._whole = self._whole, []
+        if whole:
+            self.total.add_((torch.stack(whole).sum(0) * scale).square_())
+        self._add(samples)
+
+    def _add(self, samples: int | None) -> None:
+        """What calls have shown."""
+
+    def drop(self) -> None:
+        """Nothing of the running pass is kept."""
+        self._whole, self._seen = [], []
 
     def sums(self) -> dict[Key, Tensor]:
-        """See :class:`Statistic`, as for all that follows."""
+        """The squares."""
         return {("squares", self.diagonal.slot.name): self.total}
 
-    def _apart(self, rows: int, samples: int) -> bool:
+    def _apart(self, rows: int, samples: int | None) -> bool:
         """Whether rows are samples; where they are not the whole batch is taken as one, if labels allow it."""
         if rows == samples:
             return True
@@ -38,18 +60,14 @@ class _Squares(_OfModules):
         return False
 
 
-class VectorSquares(_Squares):
+class VectorSquares(Squares):
     """Of a bias, or of a normalisation's weight."""
-
-    def __init__(self, diagonal: Diagonal, independent: bool) -> None:
-        super().__init__(diagonal, independent)
-        self._seen: list[Tensor] = []
 
     def see(self, call: Call, grad: Tensor) -> None:
         """Sums over positions."""
         self._seen.append(_rows.sample_gradient(self.diagonal.kind, self.diagonal.role, call.module, call.x, grad))
 
-    def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
+    def _add(self, samples: int | None) -> None:
         """Sums over calls, then squares."""
         seen, self._seen = self._seen, []
         if not seen:
@@ -61,19 +79,15 @@ class VectorSquares(_Squares):
         self.total.add_(squares.view(self.total.shape))
 
 
-class MatrixSquares(_Squares):
+class MatrixSquares(Squares):
     """Of the weight of a linear layer or a convolution, grouped or not."""
-
-    def __init__(self, diagonal: Diagonal, independent: bool) -> None:
-        super().__init__(diagonal, independent)
-        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def see(self, call: Call, grad: Tensor) -> None:
         """Rows on both sides."""
         kind = self.diagonal.kind
         self._seen.append((_rows.inputs(kind, call.module, call.x), _rows.gradients(kind, call.module, grad)))
 
-    def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
+    def _add(self, samples: int | None) -> None:
         """Products of each sample's rows, squared."""
         seen, self._seen = self._seen, []
         if not seen:
@@ -84,18 +98,14 @@ class MatrixSquares(_Squares):
         self.total.add_(_rows.square_sums(sides[0], sides[1], groups).view(self.total.shape))
 
 
-class EmbeddingSquares(_Squares):
+class EmbeddingSquares(Squares):
     """Of an embedding's weight: a sample's gradients of a token come together before the square."""
-
-    def __init__(self, diagonal: Diagonal, independent: bool) -> None:
-        super().__init__(diagonal, independent)
-        self._seen: list[tuple[Call, Tensor]] = []
 
     def see(self, call: Call, grad: Tensor) -> None:
         """Rows of gradients."""
         self._seen.append((call, _rows.gradients("embedding", call.module, grad)))
 
-    def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
+    def _add(self, samples: int | None) -> None:
         """One row for each pair of sample and token."""
         seen, self._seen = self._seen, []
         if not seen:
@@ -134,11 +144,15 @@ class BatchSquares:
         """The gradient of a pass."""
         self._seen.append(_rows.wide(grad).to(self.total.dtype))
 
-    def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
-        """Its square."""
+    def close(self, samples: int | None, scale: float) -> None:  # noqa: ARG002
+        """Its square. It may have come in parts, from checkpoints that are run again within the pass."""
         seen, self._seen = self._seen, []
-        for g in seen:
-            self.total.add_((g * scale).square_())
+        if seen:
+            self.total.add_((torch.stack(seen).sum(0) * scale).square_())
+
+    def drop(self) -> None:
+        """Nothing of the running pass is kept."""
+        self._seen = []
 
     def sums(self) -> dict[Key, Tensor]:
         """The squares."""

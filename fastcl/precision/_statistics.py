@@ -92,8 +92,11 @@ class Statistic(Protocol):
     def take(self, index: int, grad: Tensor) -> None:
         """The gradient of ``slots[index]``."""
 
-    def close(self, samples: int, scale: float) -> None:
-        """A backward pass of this many samples is over; what was taken is to be multiplied by ``scale``."""
+    def close(self, samples: int | None, scale: float) -> None:
+        """A backward pass of this many samples (None: not known) is over; what was taken is to be multiplied by ``scale``."""
+
+    def drop(self) -> None:
+        """The running backward pass has failed: nothing of it is kept."""
 
     def sums(self) -> Mapping[Key, Tensor | Part]:
         """What has been accumulated; it may be changed."""
@@ -132,9 +135,10 @@ class FactorSums(_OfModules):
         g = _rows.gradients(self.layer.kind, call.module, grad).to(self.dtype)
         if self.layer.kind == "embedding" and (padding := _padding(call)) is not None:
             g = g.masked_fill(padding.view(g.shape[:2]).unsqueeze(2), 0)
-        if self.reduce:
-            self._seen.append((call, g.sum(1)))
-            return
+        self._seen.append((call, g.sum(1) if self.reduce else g))
+
+    def _expand(self, call: Call, g: Tensor) -> None:
+        """All positions count."""
         self._add(self.gradients, g.flatten(0, 1))
         if call.counted:
             return
@@ -151,11 +155,22 @@ class FactorSums(_OfModules):
             a = _rows.inputs(self.layer.kind, call.module, x).to(self.dtype)
             self._add(self.inputs, a.flatten(0, 1), self.layer.bias is not None)
 
-    def close(self, samples: int, scale: float) -> None:  # noqa: ARG002
-        """In "reduce" the parts of a sample come together here."""
+    def close(self, samples: int | None, scale: float) -> None:  # noqa: ARG002
+        """Not before here is anything added: a pass that fails leaves no trace. In "reduce" the parts of a sample come together."""
         seen, self._seen = self._seen, []
-        if not seen:
+        if self.reduce:
+            if seen:
+                self._reduce(seen, samples)
             return
+        seen.reverse()
+        while seen:  # each gradient is freed once it was added
+            self._expand(*seen.pop())
+
+    def drop(self) -> None:
+        """See :class:`Statistic`."""
+        self._seen = []
+
+    def _reduce(self, seen: list[tuple[Call, Tensor]], samples: int | None) -> None:
         for call, g in seen:
             if len(g) != samples:
                 raise ValueError(
@@ -166,9 +181,9 @@ class FactorSums(_OfModules):
         fresh = [call for call, _ in seen if not call.counted]
         if not fresh:
             return
-        self.rows.add_(samples)
+        self.rows.add_(len(seen[0][1]))
         if self.layer.kind == "embedding":
-            self._add_mean_tokens(fresh, samples)
+            self._add_mean_tokens(fresh, len(seen[0][1]))
             return
         rows = [_rows.inputs(self.layer.kind, call.module, call.x).to(self.dtype) for call in fresh]
         mean = torch.stack([a.sum(1) for a in rows]).sum(0) / sum(a.shape[1] for a in rows)

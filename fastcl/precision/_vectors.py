@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl import _distributed
-from fastcl._model import Slot, some
+from fastcl._model import FLOATING, Slot, some
 from fastcl.precision._layers import compute_dtype
 
 
@@ -24,6 +24,11 @@ def named_copies(argument: str, values: Any, slots: Sequence[Slot], sharded: boo
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{argument}[{slot.name!r}] must be a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided or t.is_nested or t.is_quantized or t.dtype not in FLOATING:
+            kind = (
+                "quantized" if t.is_quantized else "nested" if t.is_nested else str(t.layout) if t.layout != torch.strided else str(t.dtype)
+            )
+            raise TypeError(f"{argument}[{slot.name!r}] must be a dense tensor of dtype float64, float32, bfloat16 or float16, got {kind}")
         if t.shape != p.shape:
             raise ValueError(f"{argument}[{slot.name!r}] has shape {tuple(t.shape)}; the parameter has {tuple(p.shape)}")
         own = t.detach() if sharded else _distributed.whole(t.detach())

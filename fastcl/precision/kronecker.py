@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcl import ops
+from fastcl import _distributed, ops
 from fastcl._model import some
 from fastcl.precision import _saved
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
 from fastcl.precision._factors import Damping, Factors, Matrices, Pair, prepare
+from fastcl.precision._layers import check_names
 from fastcl.precision._sharded_blocks import diagonal_block, kronecker_block
 from fastcl.precision._statistics import Sums
 
@@ -95,8 +96,10 @@ class KroneckerPrecision(Precision):
         """
         if not isinstance(factors, Mapping):
             raise TypeError(f"factors must be a mapping from module names to pairs (A, G), got {type(factors).__name__}")
+        check_names("factors", factors, _distributed.unwrapped(model))
         precision = cls(model, n_data, layers=list(factors))
         own = {f.layer.name: f for f in precision._factors}
+        _saved.names("factors", factors, own)  # of tied modules the first one's
         pairs = {i: _saved.factors(factors[name], own[name].layer) for i, name in enumerate(own)}
         if anchor is not None:
             _saved.names("anchor", anchor, own)
