@@ -932,11 +932,11 @@ def test_kinds_of_arguments():
             method({"inner.weight": weight.half()})
         with precision.collect() as collection:
             collection.backward(model(torch.randn(2, 3, 3, dtype=F64)))
-        with pytest.raises(TypeError, match=r"^weight must be a number > 0, got bool"):
+        with pytest.raises(TypeError, match=r"^weight must be a number, got bool"):
             precision.merge_(weight=True)
-        with pytest.raises(TypeError, match="alpha of damping must be a number >= 0, got bool"):
+        with pytest.raises(TypeError, match="alpha of damping must be a number, got bool"):
             precision.damping = ("exact", True)
-        with pytest.raises(TypeError, match=r"^n_data must be a number > 0, got bool"):
+        with pytest.raises(TypeError, match=r"^n_data must be a number, got bool"):
             make(model, True)
     with pytest.raises(ValueError, match=r"^factors has '9', which names no module"):
         KroneckerPrecision.from_factors(model, {"9": (torch.eye(2), torch.eye(2))}, n_data=10)

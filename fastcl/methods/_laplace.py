@@ -13,9 +13,9 @@ from fastcl import _distributed
 from fastcl.methods._arguments import checked_forward, whole_below
 from fastcl.methods._passes import Forward, _logits, training_passes, usable_batches
 from fastcl.methods._state import Method
-from fastcl.ops._checks import positive
 from fastcl.precision._base import RULES, Precision
 from fastcl.precision._labels import FISHERS
+from fastcl.precision._numbers import positive
 
 
 class Laplace(Method):

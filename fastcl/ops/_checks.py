@@ -145,7 +145,7 @@ def integer(name: str, value: object, below: int) -> int:
 
 
 def _number(name: str, value: object, kind: str, accepted: str, most: float) -> float:
-    if isinstance(value, (Tensor, bool)) or not isinstance(value, numbers.Real):
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     try:
         number = float(value)

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcl import _distributed
 from fastcl._model import some
-from fastcl.ops import _checks, _sharded
+from fastcl.ops import _sharded
 from fastcl.optim import _saved
 from fastcl.optim._numbers import check_gradients, check_numbers, device_lr
 from fastcl.precision._base import Precision
 from fastcl.precision._blocks import Block
+from fastcl.precision._numbers import positive
 
 
 class _Row(NamedTuple):
@@ -133,10 +134,8 @@ class NCL(torch.optim.Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         check_numbers(group, momentum="momentum value", strength="strength")
-        if isinstance(group["radius"], bool):
-            raise TypeError("radius must be a number > 0 or None, got bool")
         if group["radius"] is not None:
-            _checks.positive("radius", group["radius"])
+            positive("radius", group["radius"])
         if isinstance(group["refresh"], bool) or not isinstance(group["refresh"], int):
             raise TypeError(f"refresh must be a whole number, got {type(group['refresh']).__name__}")
         if group["refresh"] < 1:

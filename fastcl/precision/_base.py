@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from fastcl import _distributed
 from fastcl._model import check_unchanged, some
 from fastcl._state import Stateful
-from fastcl.ops._checks import at_least_zero, positive
 from fastcl.precision import _saved
 from fastcl.precision._blocks import Block
 from fastcl.precision._collect import Collection
 from fastcl.precision._factors import Damping, Pair
 from fastcl.precision._labels import checked_words
 from fastcl.precision._layers import discover
+from fastcl.precision._numbers import at_least_zero, positive
 from fastcl.precision._squares import of as squares_of
 from fastcl.precision._statistics import FactorSums, Statistic, Sums
 from fastcl.precision._vectors import named_copies
