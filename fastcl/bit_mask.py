@@ -98,7 +98,7 @@ class BitMask:
 
         Kept until ``bits`` is written to.
         """
-        if self._ranks is None or self._ranks[0] != self._version():
+        if self._ranks is None or self._ranks[0] != self._version() or self._bits.is_inference():
             counts = set_bits(self._bits, RANK_BLOCK // 8)
             self._ranks = self._version(), counts.cumsum(0) - counts
         return self._ranks[1]

@@ -22,7 +22,7 @@ def top_fraction_mask(tensors: Sequence[Tensor], keep: float) -> list[BitMask]:
 
     Child-Tuning-D's choice (Xu et al., EMNLP 2021, section 2.2): one threshold over all tensors, :func:`fastcl.ops.quantile`'s. Elements
     equal to the threshold are kept, so ties keep more than ``keep``; in particular a threshold of 0, where more than ``1 - keep`` of a
-    Fisher information is zero, keeps everything. A NaN anywhere keeps nothing.
+    Fisher information is zero, keeps everything. A NaN anywhere keeps nothing, nor does a quantile next to an Inf, which is NaN.
 
     Args:
         tensors: as in :func:`fastcl.ops.quantile`; DTensors give masks of DTensors.

@@ -405,3 +405,78 @@ def test_a_mask_that_is_written_in_place_is_noticed(device, form):
             act()
     assert same(p, before)
     assert all(identical(a.state[x][k], v) for x, s in zip(p, kept, strict=True) for k, v in s.items())
+
+
+def test_names_stay_with_the_parameters_whatever_is_loaded(device):
+    w, v = (nn.Parameter(torch.zeros(2, device=device)) for _ in range(2))
+    optimizer = SGD([("w", w), ("v", v)], lr=1.0, transforms=[SoftMask({"w": torch.ones(2, device=device)})])
+    other = torch.optim.SGD([("v", nn.Parameter(torch.zeros(2))), ("w", nn.Parameter(torch.zeros(2)))], lr=0.5)
+    for names in (["v", "w"], ["v"], 7):
+        saved = other.state_dict()
+        saved["param_groups"][0]["param_names"] = names
+        optimizer.load_state_dict(saved)
+        w.grad, v.grad = torch.ones_like(w), torch.ones_like(v)
+        with torch.no_grad():
+            w.zero_(), v.zero_()
+        optimizer.step()
+        assert (w.tolist(), v.tolist()) == ([0, 0], [-0.5, -0.5])
+        assert optimizer.param_groups[0]["param_names"] == ["w", "v"]
+
+
+SPOILED = {
+    "dtype": (
+        lambda o, p: o.state[p].update(exp_avg=torch.zeros_like(p).double()),
+        TypeError,
+        r"param_groups\[1\]: exp_avg of params\[0\] has dtype",
+    ),
+    "shape": (
+        lambda o, p: o.state[p].update(exp_avg=torch.zeros_like(p)[0]),
+        ValueError,
+        r"param_groups\[1\]: exp_avg of params\[0\] has shape \(3,\)",
+    ),
+    "strides": (
+        lambda o, p: o.state[p].update(exp_avg_sq=torch.zeros(3, 2, device=p.device).T),
+        ValueError,
+        r"exp_avg_sq of params\[0\] is non-contiguous state",
+    ),
+    "gone": (lambda o, p: o.state[p].pop("exp_avg_sq"), ValueError, r"param_groups\[1\]: the state of params\[0\] has no 'exp_avg_sq'"),
+    "parameter": (lambda o, p: setattr(p, "data", p.data.double()), TypeError, r"param_groups\[1\]: "),
+    "importance": (lambda o, p: o.transforms[0].importance[1].resize_(9), ValueError, r"importance\[1\] had the shape \(2, 3\)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), SPOILED.values(), ids=SPOILED)
+def test_a_refused_step_of_several_groups_writes_nothing(device, spoil, error, message):
+    a, b = (nn.Parameter(torch.ones(2, 3, device=device)) for _ in range(2))
+    mask = SoftMask([torch.full((2, 3), 0.5, device=device) for _ in range(2)])
+    optimizer = AdamW([{"params": [a]}, {"params": [b]}], transforms=[mask])
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    spoil(optimizer, b)
+    kept, state = a.detach().clone(), {n: t.clone() for n, t in optimizer.state[a].items()}
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert torch.equal(a, kept)
+    assert all(torch.equal(optimizer.state[a][n], t) for n, t in state.items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_written_mask_is_not_copied_with_its_moments(device, copied):
+    p = nn.Parameter(torch.randn(8, device=device))
+    mask = BitMask.from_bool(torch.arange(8, device=device) < 4)
+    optimizer = AdamW([p], transforms=[FixedMask([mask])], compact_state=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    copied(optimizer)
+    mask.bits.fill_(0xF0)
+    with pytest.raises(ValueError, match=r"masks\[0\] has been written to"):
+        copied(optimizer)
+
+
+def test_ranks_in_inference_mode_follow_the_bits():
+    with torch.inference_mode():
+        mask = BitMask.from_bool(torch.ones(5000, dtype=torch.bool))
+        assert mask.ranks.tolist() == [0, 2048, 4096]
+        mask.bits.zero_()
+        assert mask.ranks.tolist() == [0, 0, 0]

@@ -86,19 +86,33 @@ def _check_numbers_on_device(scale: Tensor | None, found_inf: Tensor | None) -> 
 
 def _check_state(name: str, state: Sequence[Tensor], params: Sequence[Tensor], compact: Compact | None) -> None:
     for i, (t, p) in enumerate(zip(state, params, strict=True)):
-        wanted = torch.float64 if p.dtype == torch.float64 else torch.float32
-        if t.dtype != wanted:
-            raise TypeError(f"{name}[{i}] has dtype {t.dtype}; the state of params[{i}] of {p.dtype} is {wanted}")
+        _check_state_dtype(f"{name}[{i}]", t, f"params[{i}]", p)
         if compact is not None and compact[0][i].numel():
             if t.dim() != 1 or not t.is_contiguous() or t.numel() > p.numel():
                 raise ValueError(f"{name}[{i}] has shape {tuple(t.shape)}; compact state is contiguous, one value per set bit of its mask")
             continue
-        if t.shape != p.shape:
-            raise ValueError(f"{name}[{i}] has shape {tuple(t.shape)}, params[{i}] has shape {tuple(p.shape)}; they must be equal")
-        if t.stride() != p.stride() and not _same_order(t, p):
-            raise ValueError(
-                f"{name}[{i}] is non-contiguous state: its strides are {t.stride()}, those of params[{i}] {p.stride()}; they must be equal"
-            )
+        _check_state_layout(f"{name}[{i}]", t, f"params[{i}]", p)
+
+
+def check_state(label: str, t: Tensor, p: Tensor) -> None:
+    """Moments of one parameter, dense. Raises TypeError or ValueError beginning with the label."""
+    _check_state_dtype(label, t, "the parameter", p)
+    _check_state_layout(label, t, "the parameter", p)
+
+
+def _check_state_dtype(label: str, t: Tensor, owner: str, p: Tensor) -> None:
+    wanted = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if t.dtype != wanted:
+        raise TypeError(f"{label} has dtype {t.dtype}; the state of {owner} of {p.dtype} is {wanted}")
+
+
+def _check_state_layout(label: str, t: Tensor, owner: str, p: Tensor) -> None:
+    if t.shape != p.shape:
+        raise ValueError(f"{label} has shape {tuple(t.shape)}, {owner} has shape {tuple(p.shape)}; they must be equal")
+    if t.stride() != p.stride() and not _same_order(t, p):
+        raise ValueError(
+            f"{label} is non-contiguous state: its strides are {t.stride()}, those of {owner} {p.stride()}; they must be equal"
+        )
 
 
 def _same_order(t: Tensor, p: Tensor) -> bool:

@@ -23,7 +23,7 @@ def quantile(tensors: Sequence[Tensor], q: float) -> Tensor:
     Exact for any number of elements: a radix select over the bits of the numbers, without sorting, copying or joining the tensors. The
     neighbours are found as they are stored; rank and interpolation are float64. So it is ``numpy.quantile`` of all elements in float64 to
     the last bit (NumPy itself rounds to float32 in arrays of float32). Any NaN gives NaN, and so does an infinite neighbour where NumPy's
-    formula has inf - inf. Not differentiable.
+    formula has inf - inf or 0 * inf (at q = 0 and 1, too). Not differentiable.
 
     Of DTensors it is the quantile of the whole tensors: the counts are summed over the ranks of the mesh, what is replicated counts once,
     and the result has the same bits on all ranks and for all placements but Partial, which is refused. Every rank calls the op.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fastcl.ops import _checks, _sharded
+from fastcl.ops import _checks, _optimizer_checks, _sharded
 from fastcl.optim import _projection, _saved
 from fastcl.optim._binding import Bound
 from fastcl.optim._numbers import check_gradients
@@ -163,8 +163,38 @@ class Swept(torch.optim.Optimizer):
             try:
                 self._check_group(group)
                 check_gradients(r.local, r.local_grads)
+                self._check_state(r)
+                for bound in self._bound:
+                    bound.check_sizes()
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{numbers[id(r.group)]}]: {error}") from None
+
+    def _check_state(self, r: Rows) -> None:
+        """State that is there, in the form in which steps need it. Raises TypeError or ValueError naming the parameter."""
+        whole = self._whole_state(r)
+        there = [(i, p, s) for i, (p, s) in enumerate(zip(r.local, r.states, strict=True)) if s]
+        for name in sorted(self._state_names - {"step"}):
+            rows = [(i, p, s.get(name)) for i, p, s in there]
+            missing = [i for i, _, t in rows if t is None and name in self._needed_state]
+            if missing:
+                raise ValueError(f"the state of params[{missing[0]}] has no {name!r}; put back what was there, or clear the whole state")
+            rows = [row for row in rows if isinstance(row[2], Tensor)]
+            found: Any = [t for _, _, t in rows]
+            if _sharded.is_sharded(found):
+                found = _sharded.shards(found)
+            params = [p for _, p, _ in rows]
+            # For all at once, as there may be thousands; the first that does not fit is looked for only then.
+            kinds = {(t.dtype, p.dtype) for t, p in zip(found, params, strict=True)}
+            fits = all(t == (torch.float64 if p == torch.float64 else torch.float32) for t, p in kinds)
+            if fits and all(map(Tensor.is_same_size, found, params)) and [t.stride() for t in found] == [p.stride() for p in params]:
+                continue
+            for (i, p, _), t in zip(rows, found, strict=True):
+                if whole[i]:
+                    _optimizer_checks.check_state(f"{name} of params[{i}]", t, p)
+
+    def _whole_state(self, r: Rows) -> list[bool]:
+        """Of which rows the moments have their parameter's shape."""
+        return [True] * len(r.params)
 
     def _complete_state(self, r: Rows) -> None:
         if not self._incomplete(r.group, r.states):
@@ -285,6 +315,7 @@ class Swept(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: torch's, and the transforms."""
+        self._check_masks()
         own = {"transforms": self.transforms, "_clip_norm": self._clip_norm}
         return {**super().__getstate__(), **own}
 

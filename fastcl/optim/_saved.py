@@ -49,8 +49,9 @@ def load(optimizer: Swept | NCL, state_dict: Mapping[str, Any], torch_load: Call
         given = _load_checks.mapping("what a load_state_dict pre-hook returns", hook(optimizer, given) or given)
     _load_checks.check(optimizer, given)
     own_groups = optimizer.param_groups
+    # State belongs to positions. Names stay with the parameters here: transforms may have been given by them.
     groups = [
-        {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **saved}
+        {**{k: v for k, v in own.items() if k != "params"}, **{k: v for k, v in saved.items() if k != "param_names"}}
         for own, saved in zip(own_groups, given["param_groups"], strict=True)
     ]
     held = {

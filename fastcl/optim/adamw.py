@@ -106,6 +106,9 @@ class AdamW(Swept):
         if self._children is not None:
             _compact.check_not_written(self._children)
 
+    def _whole_state(self, r: Rows) -> list[bool]:
+        return super()._whole_state(r) if self._children is None else [child is None for child in r.pick(self._children)]
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group, eps="epsilon value", weight_decay="weight_decay value")
         if self.compact_state and group["eps"] == 0:

@@ -20,8 +20,9 @@ class Transform:
 
     The values that belong to parameters are a sequence with one entry per parameter, in the order of all parameters over all groups, or a
     mapping from parameters (or their names, where the optimizer was given ``named_parameters()``); a parameter that is not in the mapping
-    is left out of the transform. The entries are taken when they are assigned: writing *into* the tensors is seen by the next step,
-    replacing entries of the list is not; assign the attribute again for that. One transform may serve several optimizers.
+    is left out of the transform. The entries are taken when they are assigned: writing *into* the tensors is seen by the next step (but
+    for bool masks, which are packed then), replacing entries of the list is not; assign the attribute again for that. Names are those that
+    the optimizer was built with: a state_dict does not change them. One transform may serve several optimizers.
     """
 
     kind: ClassVar[str]
