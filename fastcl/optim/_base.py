@@ -67,6 +67,7 @@ class Swept(torch.optim.Optimizer):
         self._owners: list[State] = []
         self._bound: list[Bound] = []
         self._places: list[Any] | None = None
+        self._checked: dict[int, tuple[list[Any], list[torch.dtype]]] = {}  # state and dtypes by a group's first position
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -171,9 +172,14 @@ class Swept(torch.optim.Optimizer):
 
     def _check_state(self, r: Rows) -> None:
         """State that is there, in the form in which steps need it. Raises TypeError or ValueError naming the parameter."""
+        names = sorted(self._state_names - {"step"})
+        seen = [s.get(name) for name in names for s in r.states], [p.dtype for p in r.local]
+        tensors, dtypes = self._checked.get(r.start, ([], []))
+        if dtypes == seen[1] and same(tensors, seen[0]):
+            return
         whole = self._whole_state(r)
         there = [(i, p, s) for i, (p, s) in enumerate(zip(r.local, r.states, strict=True)) if s]
-        for name in sorted(self._state_names - {"step"}):
+        for name in names:
             rows = [(i, p, s.get(name)) for i, p, s in there]
             missing = [i for i, _, t in rows if t is None and name in self._needed_state]
             if missing:
@@ -191,6 +197,7 @@ class Swept(torch.optim.Optimizer):
             for (i, p, _), t in zip(rows, found, strict=True):
                 if whole[i]:
                     _optimizer_checks.check_state(f"{name} of params[{i}]", t, p)
+        self._checked[r.start] = seen
 
     def _whole_state(self, r: Rows) -> list[bool]:
         """Of which rows the moments have their parameter's shape."""

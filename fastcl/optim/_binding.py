@@ -22,7 +22,7 @@ class Bound:
         self.lists: list[list[Tensor]] = []
         self.masks: list[BitMask | None] = []
         self._operands: tuple[str, ...] = ()
-        self._sizes: list[list[torch.Size]] = []
+        self._sizes: list[list[int]] = []
         if not transform.active:
             return
         self._operands = transform.operands
@@ -43,14 +43,15 @@ class Bound:
                 _check_tensors(operand, entries, params)
             local = _sharded.shards(params) if _sharded.is_sharded(params) else params
             self.lists.append(_filled(entries, local, torch.uint8 if operand == "masks" else torch.float32))
-        self._sizes = [[t.shape for t in own] for own in self.lists]
+        self._sizes = [[t.numel() for t in own] for own in self.lists]
 
     def check_sizes(self) -> None:
         """Raises ValueError if a tensor was resized since."""
         for operand, own, sizes in zip(self._operands, self.lists, self._sizes, strict=True):
-            for i, (t, size) in enumerate(zip(own, sizes, strict=True)):
-                if t.shape != size:
-                    raise ValueError(f"{operand}[{i}] had the shape {tuple(size)} and has {tuple(t.shape)} now; assign what fits")
+            now = [t.numel() for t in own]
+            if now != sizes:
+                i = next(i for i, (a, b) in enumerate(zip(now, sizes, strict=True)) if a != b)
+                raise ValueError(f"{operand}[{i}] had {sizes[i]} elements and has {now[i]} now; assign what fits")
 
 
 def _aligned(operand: str, values: Any, params: Sequence[Tensor], names: Sequence[str] | None) -> list[Any]:
