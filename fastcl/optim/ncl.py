@@ -177,15 +177,16 @@ class NCL(torch.optim.Optimizer):
         rows = []
         own = set(map(id, group["params"]))
         for block in self._precision.blocks:
-            strangers = [name for name, p in zip(block.names, block.params, strict=True) if id(p) not in own]
+            params = block.params
+            strangers = [name for name, p in zip(block.names, params, strict=True) if id(p) not in own]
             if strangers:
                 raise RuntimeError(
                     f"{some(strangers)} of the model: no longer what this optimizer was built with, but replaced or loaded with "
                     "assign=True; build a new optimizer"
                 )
-            grads = [None if p.grad is None else _exact(name, p.grad) for name, p in zip(block.names, block.params, strict=True)]
+            grads = [None if p.grad is None else _exact(name, p.grad) for name, p in zip(block.names, params, strict=True)]
             if any(g is not None for g in grads):
-                rows.append(_Row(block, grads, [self.state[p] for p in block.params]))
+                rows.append(_Row(block, grads, [self.state[p] for p in params]))
         if not rows:
             return
         _check(rows)

@@ -13,8 +13,7 @@ from fastcl._model import Slot
 from fastcl.ops import _low_rank_stages as stages
 from fastcl.precision._blocks import State
 from fastcl.precision._layers import compute_dtype
-
-MOMENTUM = "momentum_buffer"
+from fastcl.precision._primal_block import MOMENTUM, PrimalBlock
 
 
 class Lists(NamedTuple):
@@ -28,14 +27,11 @@ class Lists(NamedTuple):
     basis: list[Tensor]
 
 
-class DiagonalBlock:
-    """``Lambda = D``: the low-rank step with a Q of no rows.
-
-    The momentum is ``V <- momentum V + strength (W - mu) + Lambda^-1 g``, the same step as with the dual momentum, and no pull is kept.
-    """
+class DiagonalBlock(PrimalBlock):
+    """``Lambda = D``: the low-rank step with a Q of no rows."""
 
     def __init__(self, slots: Sequence[Slot], value: float) -> None:
-        self._slots = list(slots)
+        super().__init__(slots)
         params = self.params
         self.diagonal = [torch.full(p.shape, value, dtype=compute_dtype(p), device=p.device) for p in params]
         self.damping = 0.0
@@ -50,33 +46,9 @@ class DiagonalBlock:
         return {**self.__dict__, "_kept": []}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """See :class:`Block`, as for all that follows."""
-        return tuple(slot.name for slot in self._slots)
-
-    @property
-    def params(self) -> tuple[Tensor, ...]:
-        """The parameters that are there now."""
-        return tuple(slot.parameter() for slot in self._slots)
-
-    @torch.no_grad()
-    def begin(self, states: Sequence[State]) -> None:
-        """``momentum_buffer``: zeros of the precision's dtype."""
-        for state, d in zip(states, self.diagonal, strict=True):
-            if MOMENTUM not in state:
-                state[MOMENTUM] = torch.zeros_like(d)
-
-    @torch.no_grad()
-    def reset(self, states: Sequence[State]) -> None:
-        """Momentum 0."""
-        for state in states:
-            state[MOMENTUM].zero_()
-
-    def refresh(self, states: Sequence[State]) -> None:
-        """Nothing: no pull is kept."""
-
-    def check(self, grads: Sequence[Tensor | None]) -> None:
-        """Any gradients will do."""
+    def like(self) -> Sequence[Tensor]:
+        """D."""
+        return self.diagonal
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:

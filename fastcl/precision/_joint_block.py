@@ -14,9 +14,7 @@ from fastcl.ops import _low_rank_operators, _sharded, _sharded_low_rank
 from fastcl.ops._low_rank_stages import Place, direction_square, pick, products, shrunk
 from fastcl.precision._blocks import State
 from fastcl.precision._forms import Form, damped, moved
-
-MOMENTUM = "momentum_buffer"
-
+from fastcl.precision._primal_block import MOMENTUM, PrimalBlock
 
 Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -30,14 +28,14 @@ class Direction(NamedTuple):
     strength: float
 
 
-class JointBlock:
+class JointBlock(PrimalBlock):
     """All parameters of ``slots`` together: ``Lambda = D + U U^T`` over their concatenation.
 
     Parameters without a gradient stay where they are: the others then step by the inverse of their own part of Lambda.
     """
 
     def __init__(self, slots: Sequence[Slot], rank: int, prior: float) -> None:
-        self.slots = list(slots)
+        super().__init__(slots)
         dtype = torch.float32
         for p in self.params:
             dtype = torch.promote_types(dtype, p.dtype)
@@ -72,33 +70,9 @@ class JointBlock:
         self.take(moved(self.own, diagonal))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """See :class:`Block`, as for all that follows."""
-        return tuple(slot.name for slot in self.slots)
-
-    @property
-    def params(self) -> tuple[Tensor, ...]:
-        """In the order of the model."""
-        return tuple(slot.parameter() for slot in self.slots)
-
-    @torch.no_grad()
-    def begin(self, states: Sequence[State]) -> None:
-        """``momentum_buffer``, V: zeros. The direction is kept and not the gradients' momentum, so nothing has to follow Lambda."""
-        for state, d in zip(states, self.form.diagonal, strict=True):
-            if MOMENTUM not in state:
-                state[MOMENTUM] = torch.zeros_like(d)
-
-    @torch.no_grad()
-    def reset(self, states: Sequence[State]) -> None:
-        """Momentum 0."""
-        for state in states:
-            state[MOMENTUM].zero_()
-
-    def refresh(self, states: Sequence[State]) -> None:
-        """Nothing: no pull is kept."""
-
-    def check(self, grads: Sequence[Tensor | None]) -> None:
-        """Any gradients will do."""
+    def like(self) -> Sequence[Tensor]:
+        """D."""
+        return self.form.diagonal
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], states: Sequence[State], lr: float, momentum: float, strength: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcl import _distributed
 from fastcl._model import Slot
 from fastcl.ops import _sharded
-from fastcl.precision import _diagonal_block
+from fastcl.precision import _primal_block
 from fastcl.precision._blocks import State
 from fastcl.precision._buffers import padded, parts
 from fastcl.precision._diagonal_block import DiagonalBlock
@@ -162,13 +162,13 @@ class ShardedDiagonalBlock(DiagonalBlock):
     def begin(self, states: Sequence[State]) -> None:
         """``momentum_buffer``: a DTensor."""
         for p, d, state in zip(self.params, self.diagonal, states, strict=True):
-            if _diagonal_block.MOMENTUM not in state:
-                state[_diagonal_block.MOMENTUM] = _zeros(p, d.dtype)
+            if _primal_block.MOMENTUM not in state:
+                state[_primal_block.MOMENTUM] = _zeros(p, d.dtype)
 
     @torch.no_grad()
     def reset(self, states: Sequence[State]) -> None:
         """Momentum 0."""
-        for t in _sharded.shards([s[_diagonal_block.MOMENTUM] for s in states]):
+        for t in _sharded.shards([s[_primal_block.MOMENTUM] for s in states]):
             t.zero_()
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class ShardedDiagonalBlock(DiagonalBlock):
         total = torch.zeros((), dtype=torch.float64, device=self._sigma.device)
         if not live:
             return total
-        tensors = [states[i][_diagonal_block.MOMENTUM] for i in live]
+        tensors = [states[i][_primal_block.MOMENTUM] for i in live]
         mesh = _sharded.mesh_of(("state", tensors))
         for i, t, own, counts in zip(live, tensors, _sharded.shards(tensors), _sharded.counted(tensors, mesh), strict=True):
             if counts:
@@ -208,7 +208,7 @@ class ShardedDiagonalBlock(DiagonalBlock):
         found = [g for g in grads if g is not None]
         _sharded.check_matching("grads", found, "params", params, one_element=False)
         for i, p, g in zip(live, params, found, strict=True):
-            v, own, grad = _sharded.shards([states[i][_diagonal_block.MOMENTUM], p, g])
+            v, own, grad = _sharded.shards([states[i][_primal_block.MOMENTUM], p, g])
             v.mul_(momentum)
             if strength:
                 v.add_((own.to(v.dtype) - _part(self._mu[i], p)) * strength)
@@ -218,6 +218,6 @@ class ShardedDiagonalBlock(DiagonalBlock):
     def _walk(self, live: Sequence[int], states: Sequence[State], step: float | Tensor) -> None:
         params = [self.params[i] for i in live]
         for i, p in zip(live, _sharded.shards(params), strict=True):
-            (v,) = _sharded.shards([states[i][_diagonal_block.MOMENTUM]])
+            (v,) = _sharded.shards([states[i][_primal_block.MOMENTUM]])
             p.copy_(p.to(v.dtype) - v * (step.to(v.dtype) if isinstance(step, Tensor) else step))
         _sharded.bump_versions(params)
