@@ -480,3 +480,16 @@ def test_ranks_in_inference_mode_follow_the_bits():
         assert mask.ranks.tolist() == [0, 2048, 4096]
         mask.bits.zero_()
         assert mask.ranks.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("decay", "weight_decay"), [("torch", 0.0), ("torch", 0.1), ("hf", 0.0)])  # hf's decay makes them positive
+def test_compact_state_keeps_the_sign_of_zeros_outside_of_the_child(device, decay, weight_decay):
+    p = nn.Parameter(torch.full((70,), -0.0, device=device))
+    chosen = torch.arange(70, device=device) % 3 == 0
+    mask = FixedMask([BitMask.from_bool(chosen)])
+    optimizer = AdamW([p], 0.1, weight_decay=weight_decay, decay=decay, transforms=[mask], compact_state=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert bool((p[chosen] < 0).all())
+    assert bool(p.detach()[~chosen].signbit().all())
+    assert not p[~chosen].any()
