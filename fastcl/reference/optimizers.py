@@ -58,7 +58,7 @@ def adamw_(
             size, bias = -(rate / bias1), torch.pow(bias2, torch.full_like(bias2, 0.5))
         v.mul_(beta2).addcmul_(x, x, value=1 - beta2)
         move = size.to(dtype) * m / (_root(v).div_(bias.to(dtype)).add_(eps))
-        p = p + (move if mask is None else torch.where(mask, move, 0))
+        p = p + move if mask is None else torch.where(mask, p + move, p)  # -0 + 0 would be 0
         if hf and weight_decay > 0:
             p = _fused(p, p, -rate * weight_decay)
         for target, value in ((param, p), (first, _gathered(m, mask, first)), (second, _gathered(v, mask, second)), (step, step + 1)):
